@@ -1,0 +1,135 @@
+"Every notebook runs, stores what it shows, and keeps the form of a lesson."
+import ast
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import nbformat
+import numpy as np
+import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+from run_notebooks import NBS, WORKERS, directives, notebooks, run
+
+LOCAL_PATH = re.compile(r'(?<![\w.~-])/(home|root|tmp|work|workspace|mnt|opt|Users|var/folders)/')
+each_notebook = pytest.mark.parametrize('path', notebooks(), ids=lambda p: p.stem)
+
+def read(path): return nbformat.read(path, as_version=4)
+
+def code_cells(path): return [c for c in read(path).cells if c.cell_type == 'code']
+
+def tree(cell): return ast.parse(TransformerManager().transform_cell(cell.source))
+
+def room(name):
+    "The number of a notebook's room; the index, benchmarks and tutorials come after all rooms."
+    return int(m[1]) if (m := re.match(r'(\d+)_', name)) else 99
+
+ROOMS = {p.stem.partition('_')[2]: room(p.stem) for p in notebooks() if room(p.stem) < 99}
+
+def outputs(path):
+    "Pairs (kind, text) of all that cells show: streams, and each form of each display but pictures."
+    for c in code_cells(path):
+        for o in c.outputs:
+            if o.output_type == 'error': yield 'error', o.evalue
+            if o.output_type == 'stream': yield o.name, o.text
+            yield from ((k, str(v)) for k, v in o.get('data', {}).items() if not k.startswith('image/'))
+
+# -- execution --
+
+@pytest.fixture(scope='session')
+def running(request):
+    "The chosen notebooks, executing in the background, as many at a time as there are cores."
+    chosen = [i.callspec.params['path'] for i in request.session.items if i.name.startswith('test_runs[')]
+    pool = ThreadPoolExecutor(WORKERS)
+    yield {p: pool.submit(run, p, check=True) for p in chosen}
+    pool.shutdown(cancel_futures=True)
+
+@each_notebook
+def test_runs(running, path):
+    faults = running[path].result()
+    assert not faults, '\n'.join(faults)
+
+@pytest.fixture(scope='session', autouse=True)
+def leaves_nothing_behind():
+    "No notebook writes a file beside itself."
+    def listing(): return {p for p in NBS.rglob('*') if p.suffix != '.ipynb' and not p.name.startswith('.')}
+    before = listing()
+    yield
+    assert not listing()-before
+
+# -- stored outputs --
+
+@each_notebook
+def test_has_outputs(path):
+    assert any(c.outputs for c in code_cells(path)), 'no stored outputs: run `make notebooks`'
+
+@each_notebook
+def test_outputs_are_presentable(path):
+    faults = [f'{kind}: {text[:80]!r}' for kind, text in outputs(path)
+              if kind in ('error', 'stderr') or 'widget' in kind or LOCAL_PATH.search(text)]
+    assert not faults, '\n'.join(faults)
+
+@each_notebook
+def test_names_no_path_of_one_machine(path):
+    assert not [m[0] for c in read(path).cells for m in LOCAL_PATH.finditer(c.source)]
+
+@each_notebook
+def test_is_small(path): assert path.stat().st_size < 1_000_000
+
+# -- form --
+
+@each_notebook
+def test_begins_with_title_and_claim(path):
+    first = next(c for c in read(path).cells[:2] if c.cell_type == 'markdown')
+    assert re.match(r'# \S.*\n\s*> \S', first.source), '`# Title`, then `> one-sentence claim`'
+
+@each_notebook
+def test_cells_are_short(path):
+    lines = [len(re.findall(r'^\s*(?!\s|#\s*\|).', c.source, re.M)) for c in code_cells(path)]
+    assert max(lines) <= 25 and np.percentile(lines, 90) <= 15, f'lines of the longest: {sorted(lines)[-9:]}'
+
+@each_notebook
+def test_exports_the_module_of_its_name(path):
+    named = [d['default_exp'].strip() for c in code_cells(path) if 'default_exp' in (d := directives(c))]
+    assert named == ([path.stem.partition('_')[2]] if room(path.stem) < 99 else [])
+
+def imported(tree):
+    "The modules of scan_nb that a piece of code imports, at its top or inside a function."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = '.'.join(filter(None, ['scan_nb' if node.level else '', node.module]))
+            names = [f'{base}.{a.name}' for a in node.names] if base == 'scan_nb' else [base]
+        else: continue
+        yield from (n.split('.')[1] for n in names if n.startswith('scan_nb.'))
+
+@each_notebook
+def test_imports_only_lower_rooms(path):
+    here = room(path.stem)
+    names = {m for c in code_cells(path) for m in imported(tree(c))}
+    above = {m for m in names if ROOMS.get(m, here) > here or m == path.stem.partition('_')[2]}
+    assert not above, f'room {here} imports {above}'
+
+EXPORT = {'export', 'exports'}
+
+def defined(cell):
+    "The public functions, and the public classes and constants, that an exported cell defines."
+    body = tree(cell).body if directives(cell).keys() & EXPORT else []
+    functions = {n.name for n in body if isinstance(n, ast.FunctionDef)}
+    others = {n.name for n in body if isinstance(n, ast.ClassDef)}
+    others |= {t.id for n in body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+    return ({n for n in names if n[0] != '_'} for names in (functions, others))
+
+def used(cells):
+    "Names that cells mention, alone or as an attribute."
+    nodes = [n for c in cells for n in ast.walk(tree(c))]
+    return {getattr(n, 'id', None) or getattr(n, 'attr', None) for n in nodes}
+
+@each_notebook
+def test_shows_what_it_exports(path):
+    "A function is called in a visible cell below its definition; a class or constant is at least used below."
+    cells, unused = code_cells(path), set()
+    for i, cell in enumerate(cells):
+        functions, others = defined(cell)
+        below = cells[i+1:]
+        visible = [c for c in below if not directives(c).keys() & {*EXPORT, 'hide'}]
+        unused |= functions-used(visible) | others-used(below)
+    assert not unused, f'exported, but never used below: {unused}'
