@@ -176,18 +176,18 @@ def random_accuracy(
     tables = [contingency(draw(), labels, n_clusters) for _ in range(trials)]
     return sum(match_accuracy(t, hungarian_match(t)) for t in tables) / trials
 
-# %% ../nbs/04_evaluate.ipynb #8524eb23
+# %% ../nbs/04_evaluate.ipynb #368fe5cc
 def _rows(
     x,                        # N×…: uint8 images, or float embeddings
     normalize: bool = False,  # scale each row to length one
 ) -> np.ndarray:              # N×D float32
     "Images or embeddings as one row of numbers each. Raises UserError when a number is not finite."
-    x = torch.as_tensor(x)
+    x = torch.as_tensor(x).detach()
     rows = x.cpu().flatten(1).float() / (255 if x.dtype == torch.uint8 else 1)
     if not rows.isfinite().all(): raise UserError('k-means needs finite numbers, not NaN or infinity.')
     return (F.normalize(rows) if normalize else rows).numpy()
 
-# %% ../nbs/04_evaluate.ipynb #de093b41
+# %% ../nbs/04_evaluate.ipynb #9c0c8080
 def kmeans_baseline(
     x,                        # N×C×H×W uint8 images (their pixels) or N×D embeddings
     n_clusters: int,          # 2 ≤ K ≤ N
@@ -198,11 +198,13 @@ def kmeans_baseline(
 ) -> Tensor:                  # N (or M) int64 clusters
     "k-means of scikit-learn, the baseline of SCAN's table 1. Raises UserError unless 2 ≤ n_clusters ≤ N."
     from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
     rows = _rows(x, normalize)
     if not 2 <= n_clusters <= len(rows):
         raise UserError(f'{n_clusters} clusters of {len(rows)} images: k-means needs 2 ≤ clusters ≤ images.')
-    model = KMeans(n_clusters, n_init=n_init, random_state=seed).fit(rows)
-    return torch.from_numpy(model.labels_ if on is None else model.predict(_rows(on, normalize))).long()
+    with threadpool_limits(1 if rows.size < 2**24 else None):
+        model = KMeans(n_clusters, n_init=n_init, random_state=seed).fit(rows)
+        return torch.from_numpy(model.labels_ if on is None else model.predict(_rows(on, normalize))).long()
 
 # %% ../nbs/04_evaluate.ipynb #41ce7f78
 def confusion(

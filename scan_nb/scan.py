@@ -112,13 +112,13 @@ def check_neighbors(
     if not 2 <= n_clusters <= n:
         raise UserError(f'n_clusters is {n_clusters}: give at least 2 and at most the {n} images')
 
-# %% ../nbs/09_scan.ipynb #461d5fe0
+# %% ../nbs/09_scan.ipynb #08d7e3cd
 def choose_head(
     losses: Tensor,     # H
     agreement: Tensor,  # H
     choose: str,        # 'loss', 'agreement', or 'both'
 ) -> int:               # the chosen head
-    "Lowest loss, highest agreement, or the most agreed of the quarter with the lowest loss. No label is needed."
+    "Lowest loss, highest agreement, or the most agreed of the quarter with the lowest loss. Raises UserError."
     if choose not in ('loss', 'agreement', 'both'):
         raise UserError(f"choose is {choose!r}: give 'loss', 'agreement' or 'both'")
     if choose == 'loss': return losses.argmin().item()
@@ -135,10 +135,14 @@ def random_partners(
     column = torch.randint(neighbors.shape[1], (len(indices), 1), generator=generator, device=indices.device)
     return neighbors[indices].gather(1, column)[:, 0]
 
-# %% ../nbs/09_scan.ipynb #62561dad
+# %% ../nbs/09_scan.ipynb #7f82e001
 def heads_step(
-    heads: ClusterHeads, z: Tensor, neighbors: Tensor, entropy_weight: float, generator: torch.Generator,
-):  # function(indices) -> losses, for `train`
+    heads: ClusterHeads,         # H linear heads
+    z: Tensor,                   # N×D standardized embeddings
+    neighbors: Tensor,           # N×K int64
+    entropy_weight: float,       # λ
+    generator: torch.Generator,  # draws the partners
+):                               # function(indices) -> losses, for `train`
     "One step of all heads on their sum of losses."
     def step(indices):
         both = torch.cat([indices, random_partners(neighbors, indices, generator)])
@@ -174,10 +178,10 @@ def train_heads(
     agreement = head_agreement(logits.argmax(-1), n_clusters)
     return TrainedHeads(unstandardize(heads, mean, std), losses, agreement, choose_head(losses, agreement, choose), history)
 
-# %% ../nbs/09_scan.ipynb #fcf1b87b
+# %% ../nbs/09_scan.ipynb #a1d9b303
 @torch.no_grad()
 def clustering_health(
-    logits: Tensor,              # N×C
+    logits: Tensor,              # N×C, on the device of the neighbors
     neighbors: Tensor,           # N×K int64
     entropy_weight: float = 5.,  # λ of `val_loss`
 ) -> dict[str, float]:           # val_loss, agreement (0 to 1), effective_clusters (1 to C), confidence (1/C to 1)
@@ -237,25 +241,31 @@ def got_worse(
         return f"agreement of neighbors fell from {before['agreement']:.3f} to {after['agreement']:.3f}"
     return ''
 
-# %% ../nbs/09_scan.ipynb #34257ffd
+# %% ../nbs/09_scan.ipynb #974b1c65
 def keep_or_restore(
     model: ClusteringModel,  # after the stage; gets the old weights back if it got worse
     old: dict,               # its state dict before the stage, copied
     before: dict,            # health before
     history: list,           # of the stage; the last row holds the health after it
+    tolerance: float = .015, # see `got_worse`
 ) -> StageResult:
     "Keeps a stage only when the label-free check says that it did no harm."
     after = history[-1] if history else before
-    why = got_worse(before, after)
+    why = got_worse(before, after, tolerance)
     if why: model.load_state_dict(old)
     return StageResult(history, not why, f'not kept: {why}' if why else
                        f"kept: agreement {before['agreement']:.3f} → {after['agreement']:.3f}, "
                        f"effective clusters {before['effective_clusters']:.2f} → {after['effective_clusters']:.2f}")
 
-# %% ../nbs/09_scan.ipynb #a87fab27
+# %% ../nbs/09_scan.ipynb #81bf25ce
 def scan_step(
-    model: ClusteringModel, images: Tensor, neighbors: Tensor, augment, entropy_weight: float, generator: torch.Generator,
-):  # function(indices) -> losses, for `train`
+    model: ClusteringModel,      # in training mode
+    images: Tensor,              # N×C×H×W, anywhere
+    neighbors: Tensor,           # N×K int64, on the device of the indices
+    augment,                     # views: module of (images, generator)
+    entropy_weight: float,       # λ
+    generator: torch.Generator,  # draws partners and views
+):                               # function(indices) -> losses, for `train`
     "One step of SCAN: a view of each anchor, a view of one of its neighbors, and the sum of the heads' losses."
     def step(indices):
         both = torch.cat([indices, random_partners(neighbors, indices, generator)])
@@ -265,7 +275,7 @@ def scan_step(
         return dict(loss=loss.total.sum(), consistency=loss.consistency.mean(), entropy=loss.entropy.mean())
     return step
 
-# %% ../nbs/09_scan.ipynb #8318a685
+# %% ../nbs/09_scan.ipynb #29e4d225
 def train_scan(
     model: ClusteringModel,        # trained in place, on its device
     images: Tensor,                # N×C×H×W, anywhere
@@ -274,7 +284,7 @@ def train_scan(
     *, epochs: int = 50,           # passes over the data
     batch_size: int = 128,         # anchors per update; several times the number of clusters
     lr: float = 1e-4,              # of Adam, constant
-    weight_decay: float = 1e-4,
+    weight_decay: float = 1e-4,    # of Adam
     entropy_weight: float = 5.,    # λ
     seed: int = 0,                 # of batches, partners and views
     monitor=None,                  # function(epoch) -> dict, added to each row
@@ -284,11 +294,11 @@ def train_scan(
     "The clustering step on the whole network (SCAN, section 2.2). Raises UserError for foreign neighbors."
     check_neighbors(images, neighbors, model.cluster_head.weight.shape[-1])
     device = next(model.parameters()).device
-    neighbors, generator = neighbors.to(device), make_generator(seed, device)
+    there, generator = neighbors.to(device), make_generator(seed, device)
     optimizer = torch.optim.Adam(model.parameters(), lr, weight_decay=weight_decay)
-    health = lambda: clustering_health(logits_of(model, images), neighbors.cpu(), entropy_weight)
+    health = lambda: clustering_health(logits_of(model, images), neighbors, entropy_weight)
     old, before = copy.deepcopy(model.state_dict()), health()
-    history = train(scan_step(model.train(), images, neighbors, augment, entropy_weight, generator), len(images),
+    history = train(scan_step(model.train(), images, there, augment, entropy_weight, generator), len(images),
                     optimizer, epochs=epochs, batch_size=batch_size, generator=generator, modules=[model],
                     monitor=lambda epoch: health() | (monitor(epoch) if monitor else {}),
                     checkpoint=checkpoint, progress=progress)

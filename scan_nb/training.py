@@ -7,11 +7,11 @@ __all__ = ['devices', 'pick_device', 'autocast', 'make_generator', 'seeded', 'se
            'cosine_factor', 'CosineSchedule', 'update', 'check_finite', 'Progress', 'Run', 'train_epoch', 'check_plain',
            'read_state', 'Checkpoint', 'save_run', 'load_run', 'epochs_left', 'finish_epoch', 'train']
 
-# %% ../nbs/03_training.ipynb #4de8e849
+# %% ../nbs/03_training.ipynb #84f76adb
 import math, random, sys, time, zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
@@ -111,7 +111,7 @@ def cosine_factor(
     done = min(1., (t - warmup)/max(1, steps - warmup))
     return final + (1 - final)*.5*(1 + math.cos(math.pi*done))
 
-# %% ../nbs/03_training.ipynb #1630c4e0
+# %% ../nbs/03_training.ipynb #18b67275
 class CosineSchedule:
     "Sets the learning rate of the next update. Raises UserError for an impossible or a changed plan."
     def __init__(self,
@@ -123,8 +123,7 @@ class CosineSchedule:
         self.optimizer, self.plan, self.t = optimizer, dict(steps=steps, warmup=warmup, final=final), 0
         if not (steps >= 1 and 0 <= warmup <= steps and 0 <= final <= 1):
             raise UserError(f'Schedule: steps ≥ 1, 0 ≤ warmup ≤ steps, 0 ≤ final ≤ 1, not {self.plan}.')
-        self.base = [group['lr'] for group in optimizer.param_groups]
-        self.apply()
+        self.base = [group['lr'] for group in optimizer.param_groups]; self.apply()
     def apply(self):
         factor = cosine_factor(self.t, **self.plan)
         for group, lr in zip(self.optimizer.param_groups, self.base): group['lr'] = lr*factor
@@ -132,8 +131,7 @@ class CosineSchedule:
     def state_dict(self): return dict(plan=self.plan, base=self.base, t=self.t)
     def load_state_dict(self, state):
         if state['plan'] != self.plan: raise UserError(f"the plan was {state['plan']}, now {self.plan}")
-        self.base, self.t = list(state['base']), state['t']
-        self.apply()
+        self.base, self.t = list(state['base']), state['t']; self.apply()
 
 # %% ../nbs/03_training.ipynb #5ff79ba2
 def update(
@@ -159,7 +157,7 @@ def check_finite(
         raise FloatingPointError(f'The loss became {loss} in epoch {epoch}: '
                                  'lower the learning rate, or look for extreme values in the input.')
 
-# %% ../nbs/03_training.ipynb #78d3b391
+# %% ../nbs/03_training.ipynb #9804b93a
 class Progress:
     "A tqdm bar on stderr with the latest loss."
     def __init__(self,
@@ -174,8 +172,9 @@ class Progress:
     def step(self, loss, epoch): # after each batch: its loss as a tensor, None if it was skipped
         self.bar.update()
         if loss is None or time.monotonic() < self.next_look: return
-        check_finite(loss.item(), epoch)
-        self.bar.set_postfix(epoch=epoch, loss=f'{loss.item():.4g}', refresh=False)
+        value = loss.item()
+        check_finite(value, epoch)
+        self.bar.set_postfix(epoch=epoch, loss=f'{value:.4g}', refresh=False)
         self.next_look = time.monotonic() + .5
 
     def epoch(self, row): # after each epoch: its row of the history
@@ -240,7 +239,7 @@ def read_state(
     if not isinstance(state, dict): raise TypeError(f'a {type(state).__name__}')
     return state
 
-# %% ../nbs/03_training.ipynb #3835d9e9
+# %% ../nbs/03_training.ipynb #519e16a2
 class Checkpoint:
     "One file of tensors and plain values, replaced as a whole or not at all."
     def __init__(self,
@@ -251,7 +250,7 @@ class Checkpoint:
     def save(self, **state): # raises TypeError for anything but tensors and plain values
         check_plain(state)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for part in self.path.parent.glob(f'.{escape(self.path.name)}.*'): part.unlink() # left by a kill
+        for part in self.path.parent.glob(f".{escape(self.path.name)}.{'?'*32}"): part.unlink() # of a kill
         with atomic_write(self.path) as file: torch.save(state, file)
 
     def load(self): # the state, or None without a file; raises UserError when it is damaged
@@ -288,17 +287,20 @@ def load_run(
     except (KeyError, ValueError, TypeError, RuntimeError) as e:
         raise run.checkpoint.unusable(f"belongs to another run ({' '.join(str(e).split())[:200]})") from e
 
-# %% ../nbs/03_training.ipynb #41ac808c
+# %% ../nbs/03_training.ipynb #c73b99fd
 def epochs_left(
     run: Run,        # its history tells what is done
     epochs: int,     # epochs in all
     label: str|None = None, # of the progress bar; None: silent
 ) -> Iterator[int]:  # the numbers of the epochs to do, from 1
-    "The epochs still to do, under one progress bar. Raises UserError when more are done than asked for."
+    "The epochs to do, until a row says stop, under one bar. Raises UserError when more are done than asked for."
     done, steps = len(run.history), steps_per_epoch(**run.setup)
     if done > epochs: raise run.checkpoint.unusable(f'holds {done} epochs, but only {epochs} are asked for')
     run.bar = Progress(label, epochs*steps, done*steps)
-    with run.bar.bar: yield from range(done + 1, epochs + 1)
+    with run.bar.bar:
+        for epoch in range(done + 1, epochs + 1):
+            if run.history and run.history[-1].get('stop'): return
+            yield epoch
 
 # %% ../nbs/03_training.ipynb #91c61de6
 def finish_epoch(
@@ -315,7 +317,7 @@ def finish_epoch(
     run.bar.epoch(row)
     save_run(run)
 
-# %% ../nbs/03_training.ipynb #a9bad81f
+# %% ../nbs/03_training.ipynb #37562ff7
 def train(
     step: Callable,             # function(indices) -> dict of scalar tensors with 'loss', or None to skip
     n: int,                     # images; indices run from 0 to n-1, on the generator's device
@@ -325,13 +327,13 @@ def train(
     generator: torch.Generator, # of the order of the images, and of whatever `step` draws
     schedule: CosineSchedule|None = None, # learning rate of each update
     modules: Iterable = (),     # all that has a state: networks, averages; their modes stay as they are
-    monitor: Callable|None = None, # function(epoch) -> dict, after each epoch, with the modules in eval mode
+    monitor: Callable|None = None, # function(epoch) -> dict after each epoch, in eval mode; a 'stop' in it ends the run
     checkpoint: Checkpoint|None = None, # continued from if its file exists; written after each epoch
     progress: str|None = None,  # label of a progress bar; None: silent
 ) -> list[dict]:                # a row per epoch: epoch (from 1), lr, mean of each value, what `monitor` gave
-    "The loop of every stage. Raises FloatingPointError (loss not finite) and UserError (unusable checkpoint)."
+    "The loop of every stage. Raises FloatingPointError (non-finite loss) or UserError (unusable checkpoint)."
     run = Run(list(modules), optimizer, schedule, generator, checkpoint, dict(n=n, batch_size=batch_size))
     load_run(run)
-    for epoch in epochs_left(run, epochs, progress):
-        finish_epoch(run, train_epoch(run, step, epoch), monitor)
+    with closing(epochs_left(run, epochs, progress)) as left:
+        for epoch in left: finish_epoch(run, train_epoch(run, step, epoch), monitor)
     return run.history

@@ -135,14 +135,15 @@ def show_clusters(
     names = names or [f'cluster {k}' for k in range(n_clusters)]
     return _show_rows(images, index, [f'{name}\n{size:,} images' for name, size in zip(names, sizes)], ax)
 
-# %% ../nbs/05_visualize.ipynb #818ee746
+# %% ../nbs/05_visualize.ipynb #97d4a544
 def prototypes(
     embeddings: Tensor,     # N×D
     probabilities: Tensor,  # N×K, rows sum to 1
     top: int = 10,          # most confident images to average, ≥ 1
 ) -> Tensor:                # K int64: index of an image, -1 = a cluster without images
     "One typical image per cluster (as SCAN shows): of its most confident ones, the nearest to their mean."
-    embeddings, (confidence, clusters) = embeddings.detach().cpu().float(), probabilities.detach().cpu().max(1)
+    embeddings = embeddings.detach().cpu().float()
+    confidence, clusters = probabilities.detach().cpu().max(1)
     found = torch.full((probabilities.shape[1],), -1)
     for k in range(len(found)):
         members = pick_examples(clusters, k, top, confidence)
@@ -286,7 +287,7 @@ def plot_embedding(
         _name_point(middle, str(k if names is None else names[k]), k, ax)
     return ax
 
-# %% ../nbs/05_visualize.ipynb #0fe0f247
+# %% ../nbs/05_visualize.ipynb #298d3aa1
 def _plot_curve(
     history: list,  # one dict per epoch
     key: str,       # the number to draw; rows without it are left out
@@ -295,7 +296,7 @@ def _plot_curve(
     "One number over the epochs, its last value in the title."
     rows = [(row.get('epoch', i), row[key]) for i, row in enumerate(history) if row.get(key) is not None]
     ax.plot(*zip(*rows), marker='o' if len(rows) < 3 else None)
-    ax.set_title(key.replace('_', ' '), fontsize=12)
+    ax.set_title(key.replace('_', ' '), loc='left', fontsize=12)
     ax.set_title(f'{rows[-1][1]:.3g}', loc='right', fontsize=12, color=PALETTE[0])
     ax.xaxis.get_major_locator().set_params(integer=True)
 

@@ -15,13 +15,15 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbconvert.filters import strip_ansi
 from nbdev.clean import nbdev_clean
 from nbdev.config import get_config
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT/'nbs'
@@ -58,18 +60,19 @@ def shown(cell):
 
 def run(path, force=frozenset(), check=False):
     "Execute one notebook and save it (with `check`: compare and save nothing); the list of its faults."
-    start, nb = time.time(), nbformat.read(path, as_version=4)
+    nb = nbformat.read(path, as_version=4)
     before = [shown(c) for c in nb.cells]
-    client = Client(nb, timeout=600, kernel_name='python3', record_timing=False,
-                    extra_arguments=['--log-level=ERROR'], resources={'metadata': {'path': str(path.parent)}})
-    client.skip = set(get_config(path=ROOT).tst_flags.split()) - set(force)
-    try: client.execute(env=ENV)
-    except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
-        return [f'{path.name}: {strip_ansi(str(e))}']
+    with TemporaryDirectory() as sockets:       # not ports: two kernels that start at once may pick one port
+        client = Client(nb, timeout=None if force else 600, startup_timeout=180, kernel_name='python3',
+                        record_timing=False, resources={'metadata': {'path': str(path.parent)}},
+                        config=Config(KernelManager={'transport': 'ipc', 'ip': f'{sockets}/kernel'}))
+        client.skip = set(get_config(path=ROOT).tst_flags.split()) - set(force)
+        try: client.execute(env=ENV)
+        except (CellExecutionError, CellTimeoutError, RuntimeError) as e:
+            return [f'{path.name}: {strip_ansi(str(e))}']
     if not check:
         nbformat.write(nb, path)
         nbdev_clean.__wrapped__(str(path))
-    print(f'{path.name}: {time.time()-start:.1f}s', flush=True)
     changed = [(c, was) for c, was in zip(nb.cells, before) if check and shown(c) != was]
     return [f'{path.name}: stores {sorted(was)} but shows {sorted(shown(c))}; `make notebooks`\n{c.source}\n'
             for c, was in changed]
@@ -81,6 +84,9 @@ if __name__ == '__main__':
     unknown = flags - {'check', *get_config().tst_flags.split()}
     if unknown: sys.exit(f'unknown option: --{min(unknown)}')
     if missing := [f for f in files if not f.exists()]: sys.exit(f'no such notebook: {missing[0]}')
-    with ThreadPoolExecutor(WORKERS) as pool:
-        faults = sum(pool.map(lambda f: run(f, flags, 'check' in flags), files), [])
+    def timed(path):
+        start, found = time.time(), run(path, flags-{'check'}, 'check' in flags)
+        print(f'{path.name}: {time.time()-start:.1f}s', flush=True)
+        return found
+    with ThreadPoolExecutor(WORKERS) as pool: faults = sum(pool.map(timed, files), [])
     if faults: sys.exit('\n'.join(faults))

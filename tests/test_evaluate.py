@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn import metrics
 from sklearn.cluster import KMeans
+from sklearn.preprocessing import normalize
 
 from scan_nb import evaluate
 from scan_nb.data import UserError, digits
 from scan_nb.evaluate import (
-    adjusted_rand, cluster_metrics, confusion, contingency, hungarian_match, kmeans_baseline, label_free_metrics,
-    majority_match, match_accuracy, mutual_info, random_accuracy)
+    adjusted_rand, cluster_metrics, confusion, contingency, hungarian_match, kmeans_baseline,
+    label_free_metrics, majority_match, match_accuracy, mutual_info, random_accuracy)
 
 seeds = st.integers(0, 2**32 - 1)
 tables = hnp.array_shapes(min_dims=2, max_dims=2, max_side=5).flatmap(
@@ -42,6 +43,7 @@ def noisy(n, k, c, agree, seed=0):
 # -- the count table --
 
 @given(seeds, st.integers(1, 60), st.integers(1, 7), st.integers(1, 7))
+@settings(max_examples=60, deadline=None)
 def test_contingency_by_loop(seed, n, k, c):
     rng = np.random.default_rng(seed)
     clusters, labels = rng.integers(0, k, n), rng.integers(-1, c, n)
@@ -83,7 +85,7 @@ def test_contingency_refuses(clusters, labels, sizes, says):
 # -- matching --
 
 @given(tables)
-@settings(max_examples=300)
+@settings(max_examples=200, deadline=None)
 def test_hungarian_by_trying_all(table):
     match = hungarian_match(torch.from_numpy(table))
     taken = match[match >= 0].tolist()
@@ -91,6 +93,7 @@ def test_hungarian_by_trying_all(table):
     assert match_accuracy(torch.from_numpy(table), match) == best_by_trying(table) / table.sum()
 
 @given(tables)
+@settings(max_examples=60, deadline=None)
 def test_majority_by_loop(table):
     match = majority_match(table).tolist()
     for row, found in zip(table.tolist(), match): assert found == (row.index(max(row)) if any(row) else -1)
@@ -108,7 +111,7 @@ def test_unmatched_clusters_are_wrong_and_not_class_zero():
 # -- scores --
 
 @given(tables)
-@settings(max_examples=300)
+@settings(max_examples=200, deadline=None)
 def test_scores_are_scikit_learns(table):
     clusters, labels = unroll(table)
     scores = cluster_metrics(clusters, labels)
@@ -116,8 +119,8 @@ def test_scores_are_scikit_learns(table):
     assert scores['ami'] == pytest.approx(metrics.adjusted_mutual_info_score(labels, clusters), abs=1e-9)
     assert scores['ari'] == pytest.approx(metrics.adjusted_rand_score(labels, clusters), abs=1e-12)
 
-@pytest.mark.parametrize('n, k, c', [(1, 1, 1), (40, 1, 1), (40, 40, 40), (40, 1, 40), (40, 40, 1), (2000, 300, 7),
-                                     (20_000, 150, 200), (200_000, 3, 3)])
+@pytest.mark.parametrize('n, k, c', [(1, 1, 1), (40, 1, 1), (40, 40, 40), (40, 1, 40), (40, 40, 1),
+                                     (2000, 300, 7), (20_000, 150, 200), (200_000, 3, 3)])
 @pytest.mark.parametrize('agree', [0, .5, 1])
 def test_scores_are_scikit_learns_at_every_size(n, k, c, agree):
     clusters, labels = noisy(n, k, c, agree)
@@ -138,11 +141,13 @@ def test_singletons_and_one_cluster(n, scores):
 def test_expected_information_of_unequal_sizes(sizes):
     rows, columns = (torch.tensor(s) for s in sizes)
     labels = [torch.arange(len(s)).repeat_interleave(s) for s in (rows, columns)]
-    mixed = contingency(labels[0], labels[1][torch.randperm(60_000, generator=torch.Generator().manual_seed(0))])
+    order = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))
+    mixed = contingency(labels[0], labels[1][order])
     expected = metrics.cluster.expected_mutual_information(mixed.numpy(), 60_000)
     assert evaluate._expected_information(rows, columns) == pytest.approx(expected, rel=1e-8, abs=1e-12)
 
 @given(tables, seeds)
+@settings(max_examples=60, deadline=None)
 def test_names_of_clusters_do_not_matter(table, seed):
     clusters, labels = unroll(table)
     renamed = np.random.default_rng(seed).permutation(len(table) + 2)[clusters]
@@ -151,6 +156,7 @@ def test_names_of_clusters_do_not_matter(table, seed):
         assert ours[key] == pytest.approx(theirs[key], abs=1e-9)
 
 @given(tables)
+@settings(max_examples=60, deadline=None)
 def test_scores_hang_together(table):
     clusters, labels = unroll(table)
     scores = cluster_metrics(clusters, labels)
@@ -198,6 +204,7 @@ def test_large_counts_do_not_overflow():
 # -- the confusion matrix --
 
 @given(tables)
+@settings(max_examples=60, deadline=None)
 def test_confusion_reorders_the_table(table):
     clusters, labels = unroll(table)
     matrix, order = confusion(clusters, labels)
@@ -225,8 +232,8 @@ def test_chance_is_above_one_in_c_and_repeats():
 
 def test_kmeans_is_scikit_learns():
     images = digits().images
-    for rows, options in [(images.flatten(1).numpy() / np.float32(255), {}),
-                          (metrics.pairwise.normalize(images.flatten(1).float().numpy()), dict(normalize=True))]:
+    pixels = images.flatten(1).numpy() / np.float32(255)
+    for rows, options in [(pixels, {}), (normalize(pixels), dict(normalize=True))]:
         expected = KMeans(10, n_init=2, random_state=3).fit_predict(rows)
         ours = kmeans_baseline(images, 10, seed=3, n_init=2, **options)
         assert ours.dtype == torch.int64
@@ -235,13 +242,14 @@ def test_kmeans_is_scikit_learns():
 def test_kmeans_repeats_and_leaves_global_generators_alone():
     images = digits().images[:300]
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    assert torch.equal(kmeans_baseline(images, 5, seed=1), kmeans_baseline(images, 5, seed=1))
+    assert torch.equal(*(kmeans_baseline(images, 5, seed=1, n_init=2) for _ in range(2)))
     assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
 
 def test_kmeans_assigns_other_images():
     images = digits().images
-    train, both = images[:900], kmeans_baseline(images[:900], 8, on=images)
-    assert len(both) == len(images) and torch.equal(both[:900], kmeans_baseline(train, 8, on=train))
+    both = kmeans_baseline(images[:500], 8, n_init=1, on=images)
+    ours = kmeans_baseline(images[:500], 8, n_init=1, on=images[:500])
+    assert len(both) == len(images) and torch.equal(both[:500], ours)
 
 def test_kmeans_takes_embeddings_of_any_kind():
     z = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
@@ -262,10 +270,12 @@ def test_kmeans_refuses_what_is_no_number(bad):
 # -- without labels --
 
 @given(seeds, st.integers(1, 50), st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
 def test_label_free_by_hand(seed, n, k):
     p = torch.randn(n, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).softmax(1)
     found, mean = label_free_metrics(p), p.mean(0)
-    assert found['effective_clusters'] == pytest.approx(math.exp(-sum(q * math.log(q) for q in mean.tolist())))
+    entropy = -sum(q * math.log(q) for q in mean.tolist())
+    assert found['effective_clusters'] == pytest.approx(math.exp(entropy))
     assert found['mean_confidence'] == pytest.approx(np.mean([max(row) for row in p.tolist()]))
     assert found['sizes'] == [sum(row.index(max(row)) == j for row in p.tolist()) for j in range(k)]
     assert json.loads(json.dumps(found)) == found
@@ -274,7 +284,7 @@ def test_label_free_takes_half_precision_and_gradients():
     p = torch.randn(500, 30).requires_grad_().softmax(1).bfloat16()
     assert 1 <= label_free_metrics(p)['effective_clusters'] <= 30
 
-@pytest.mark.parametrize('p', [torch.randn(4, 3), torch.full((4, 3), math.nan), torch.ones(4, 3), torch.ones(4),
-                               torch.zeros(0, 3), torch.tensor([[1.5, -.5]])])
+@pytest.mark.parametrize('p', [torch.randn(4, 3), torch.full((4, 3), math.nan), torch.ones(4, 3),
+                               torch.ones(4), torch.zeros(0, 3), torch.tensor([[1.5, -.5]])])
 def test_label_free_refuses_what_is_no_probability(p):
     with pytest.raises(UserError, match='sum to 1'): label_free_metrics(p)

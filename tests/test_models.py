@@ -8,12 +8,12 @@ from torch.nn import functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from scan_nb.augment import Normalize
 from scan_nb.data import UserError
-from scan_nb.models import (BasicBlock, Bottleneck, ClusterHeads, ClusteringModel, ContrastiveModel, evaluating,
-                            feature_dim, projection_head, resnet18_cifar, resnet18_stl, resnet50, select_head,
+from scan_nb.models import (BasicBlock, Bottleneck, ClusterHeads, ClusteringModel, ContrastiveModel,
+                            evaluating, feature_dim, resnet18_cifar, resnet18_stl, resnet50, select_head,
                             small_resnet)
 
-BACKBONES = [(small_resnet, 8, 256), (small_resnet, 28, 256), (resnet18_cifar, 32, 512), (resnet18_stl, 96, 512),
-             (resnet50, 224, 2048)]
+BACKBONES = [(small_resnet, 8, 256), (small_resnet, 28, 256), (resnet18_cifar, 32, 512),
+             (resnet18_stl, 96, 512), (resnet50, 224, 2048)]
 
 @pytest.fixture(autouse=True)
 def _seed(): torch.manual_seed(0)
@@ -66,15 +66,16 @@ def test_small_resnet_takes_any_size(size):
 
 def stage_sizes(model, size):
     sizes = []
-    hooks = [getattr(model, f'layer{i+1}').register_forward_hook(lambda m, i, o: sizes.append(tuple(o.shape[1:])))
-             for i in range(model.n_stages)]
+    def keep(module, args, out): sizes.append(tuple(out.shape[1:]))
+    hooks = [getattr(model, f'layer{i+1}').register_forward_hook(keep) for i in range(model.n_stages)]
     with torch.no_grad(): model.eval()(torch.rand(1, model.conv1.in_channels, size, size))
     for h in hooks: h.remove()
     return sizes
 
 def test_stage_resolutions():
     assert stage_sizes(small_resnet(), 8) == [(32, 8, 8), (64, 4, 4), (128, 2, 2), (256, 1, 1)]
-    assert stage_sizes(small_resnet(stem_stride=2), 28) == [(32, 14, 14), (64, 7, 7), (128, 4, 4), (256, 2, 2)]
+    half = small_resnet(stem_stride=2)
+    assert stage_sizes(half, 28) == [(32, 14, 14), (64, 7, 7), (128, 4, 4), (256, 2, 2)]
     assert stage_sizes(resnet18_cifar(), 32) == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
     assert stage_sizes(resnet18_stl(), 96) == [(64, 49, 49), (128, 25, 25), (256, 13, 13), (512, 7, 7)]
     assert stage_sizes(resnet50(), 64) == [(256, 16, 16), (512, 8, 8), (1024, 4, 4), (2048, 2, 2)]
@@ -114,7 +115,7 @@ def test_resnet18_cifar_is_torchvisions_with_another_stem_and_names():
     ref = randomize(without_fc(torchvision.models.resnet18(weights=None)))
     ref.conv1, ref.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     model = resnet18_cifar()
-    model.load_state_dict({k.replace('downsample', 'shortcut'): v for k, v in ref.state_dict().items()}, strict=True)
+    model.load_state_dict({k.replace('downsample', 'shortcut'): v for k, v in ref.state_dict().items()})
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad(): torch.testing.assert_close(model.eval()(x), ref.eval()(x), rtol=0, atol=0)
 
@@ -140,7 +141,7 @@ def test_blocks_against_torchvision(c_in, width, stride, skip):
             down = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
         ref = randomize(ref_block(c_in, width, stride, down))
         ours = block(c_in, width, stride, skip)
-        ours.load_state_dict({k.replace('downsample', skip): v for k, v in ref.state_dict().items()}, strict=True)
+        ours.load_state_dict({k.replace('downsample', skip): v for k, v in ref.state_dict().items()})
         x = torch.randn(3, c_in, 9, 7)
         torch.testing.assert_close(ours.train()(x), ref.train()(x), rtol=0, atol=0)
         torch.testing.assert_close(ours.eval()(x), ref.eval()(x), rtol=0, atol=0)
@@ -187,8 +188,13 @@ def test_feature_dim_changes_nothing():
     feature_dim(model, torch.rand(1, 8, 8))     # one image: batch norm would raise in train mode at 1×1
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
-@pytest.mark.parametrize('bad', [nn.Conv2d(1, 4, 3), nn.Flatten(0), type('T', (nn.Module,), dict(
-    forward=lambda self, x: (x, x)))(), type('S', (nn.Module,), dict(forward=lambda self, x: x.flatten(1)[:1]))()])
+class Two(nn.Module):
+    def forward(self, x): return x, x
+
+class First(nn.Module):
+    def forward(self, x): return x.flatten(1)[:1]
+
+@pytest.mark.parametrize('bad', [nn.Conv2d(1, 4, 3), nn.Flatten(0), Two(), First()])
 def test_feature_dim_refuses(bad):
     with pytest.raises(UserError, match='B×D'): feature_dim(bad, torch.rand(2, 1, 8, 8))
 
@@ -225,7 +231,7 @@ def test_linear_projection():
     assert isinstance(model.contrastive_head, nn.Linear) and model(torch.rand(2, 1, 8, 8)).shape == (2, 5)
 
 def test_unknown_projection():
-    with pytest.raises(UserError, match="'mlp' or 'linear', not 'MLP'"): ContrastiveModel(tiny(), projection='MLP')
+    with pytest.raises(UserError, match="'mlp' or 'linear', not 'MLP'"): ContrastiveModel(tiny(), 'MLP')
 
 def test_unit_vectors_even_in_bfloat16():
     model = ContrastiveModel(tiny()).eval()
@@ -313,13 +319,13 @@ def test_select(head):
     assert model.cluster_head.weight.shape == (1, 8, 6) and model.cluster_head.bias.shape == (1, 1, 6)
     torch.testing.assert_close(model(x), before[head:head+1])
     assert model.cluster_head.weight.requires_grad
-    model.cluster_head.weight.data.zero_()                           # a copy: the heads it came from are untouched
+    model.cluster_head.weight.data.zero_()                           # a copy: the others are untouched
     assert many.weight[head].abs().sum() > 0
 
 @pytest.mark.parametrize('head', [-1, 4])
 def test_select_refuses(head):
     model = ClusteringModel(tiny(), 6, n_heads=4)
-    with pytest.raises(UserError, match='heads 0 to 3'): model.select(head)
+    with pytest.raises(UserError, match='heads are 0 to 3'): model.select(head)
     assert model.cluster_head.weight.shape[0] == 4
 
 def test_select_keeps_dtype():
@@ -335,8 +341,9 @@ def test_models_copy_and_round_trip(tmp_path):
     other.load_state_dict(torch.load(tmp_path/'m.pt', weights_only=True))
     torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
 
-def test_every_parameter_learns():
-    for model in (ContrastiveModel(tiny()), ClusteringModel(tiny(), 3, 2)):
-        (model(torch.rand(8, 1, 8, 8)) * torch.rand(1)).square().sum().backward() if not isinstance(
-            model, ContrastiveModel) else (model(torch.rand(8, 1, 8, 8)) * torch.randn(8, 128)).sum().backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+@pytest.mark.parametrize('make', [lambda: ContrastiveModel(tiny()), lambda: ClusteringModel(tiny(), 3, 2)])
+def test_every_parameter_learns(make):
+    model = make()
+    out = model(torch.rand(8, 1, 8, 8))
+    (out * torch.randn(out.shape)).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())

@@ -19,8 +19,8 @@ def code_cells(path): return [c for c in read(path).cells if c.cell_type == 'cod
 def tree(cell): return ast.parse(TransformerManager().transform_cell(cell.source))
 
 def room(name):
-    "The number of a notebook's room; the index, benchmarks and tutorials come after all rooms."
-    return int(m[1]) if (m := re.match(r'(\d+)_', name)) else 99
+    "The number of a notebook's room (12 for 12a_x); index, benchmarks and tutorials come after all."
+    return int(m[1]) if (m := re.match(r'(\d+)[a-z]?_', name)) else 99
 
 ROOMS = {p.stem.partition('_')[2]: room(p.stem) for p in notebooks() if room(p.stem) < 99}
 
@@ -47,13 +47,11 @@ def test_runs(running, path):
     faults = running[path].result()
     assert not faults, '\n'.join(faults)
 
-@pytest.fixture(scope='session', autouse=True)
-def leaves_nothing_behind():
-    "No notebook writes a file beside itself."
-    def listing(): return {p for p in NBS.rglob('*') if p.suffix != '.ipynb' and not p.name.startswith('.')}
-    before = listing()
-    yield
-    assert not listing()-before
+BESIDE = set(NBS.rglob('*'))
+
+def test_nothing_is_left_beside_the_notebooks(running):
+    for done in running.values(): done.result()
+    assert not {p for p in set(NBS.rglob('*'))-BESIDE if p.suffix != '.ipynb'}
 
 # -- stored outputs --
 
@@ -99,7 +97,7 @@ def imported(tree):
             base = '.'.join(filter(None, ['scan_nb' if node.level else '', node.module]))
             names = [f'{base}.{a.name}' for a in node.names] if base == 'scan_nb' else [base]
         else: continue
-        yield from (n.split('.')[1] for n in names if n.startswith('scan_nb.'))
+        yield from (n.split('.')[1] for n in names if re.match(r'scan_nb\.[a-z]', n))
 
 @each_notebook
 def test_imports_only_lower_rooms(path):
@@ -118,18 +116,17 @@ def defined(cell):
     others |= {t.id for n in body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
     return ({n for n in names if n[0] != '_'} for names in (functions, others))
 
-def used(cells):
-    "Names that cells mention, alone or as an attribute."
-    nodes = [n for c in cells for n in ast.walk(tree(c))]
-    return {getattr(n, 'id', None) or getattr(n, 'attr', None) for n in nodes}
+def used(cell):
+    "Names that a cell mentions, alone or as an attribute."
+    return {getattr(n, 'id', None) or getattr(n, 'attr', None) for n in ast.walk(tree(cell))}
 
 @each_notebook
 def test_shows_what_it_exports(path):
     "A function is called in a visible cell below its definition; a class or constant is at least used below."
-    cells, unused = code_cells(path), set()
-    for i, cell in enumerate(cells):
+    shown, below, unused = set(), set(), set()
+    for cell in reversed(code_cells(path)):
         functions, others = defined(cell)
-        below = cells[i+1:]
-        visible = [c for c in below if not directives(c).keys() & {*EXPORT, 'hide'}]
-        unused |= functions-used(visible) | others-used(below)
+        unused |= functions-shown | others-below
+        below |= used(cell)
+        if not directives(cell).keys() & {*EXPORT, 'hide'}: shown |= used(cell)
     assert not unused, f'exported, but never used below: {unused}'

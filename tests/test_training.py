@@ -1,4 +1,4 @@
-"The loop, its schedule and its checkpoint: closed forms, bit-equal resume, kills, damage and every wrong input."
+"The loop, its schedule and its checkpoint: closed forms, bit-equal resume, kills, damage, wrong input."
 import io, math, os, random, signal, subprocess, sys, textwrap, time
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -32,10 +32,10 @@ def machine(monkeypatch):
     def fake(gpus=0, mps=False):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
-        monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: mps)
+        monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: bool(mps))
     return fake
 
-@pytest.mark.parametrize('gpus,mps,best', [(0, False, 'cpu'), (2, False, 'cuda'), (0, True, 'mps'), (1, True, 'cuda')])
+@pytest.mark.parametrize('gpus,mps,best', [(0, 0, 'cpu'), (2, 0, 'cuda'), (0, 1, 'mps'), (1, 1, 'cuda')])
 def test_best_device(machine, gpus, mps, best):
     machine(gpus, mps)
     for name in (None, 'auto'): assert pick_device(name) == torch.device(best)
@@ -71,7 +71,8 @@ def test_generators():
     state = torch.get_rng_state()
     assert torch.equal(torch.rand(9, generator=a), torch.rand(9, generator=b))
     assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(torch.rand(9, generator=make_generator(1)), torch.rand(9, generator=make_generator(2)))
+    c, d = make_generator(1), make_generator(2)
+    assert not torch.equal(torch.rand(9, generator=c), torch.rand(9, generator=d))
 
 @pytest.mark.parametrize('seed', [-1, 2**63, 1.0, '1', None, True])
 def test_bad_seeds(seed):
@@ -147,12 +148,13 @@ def test_schedule_state_round_trip():
 
 def test_schedule_refuses_another_plan():
     state = CosineSchedule(sgd(), 20).state_dict()
-    with pytest.raises(UserError, match="'steps': 20.*now .*'steps': 30"): CosineSchedule(sgd(), 30).load_state_dict(state)
+    other = CosineSchedule(sgd(), 30)
+    with pytest.raises(UserError, match="'steps': 20.*now .*'steps': 30"): other.load_state_dict(state)
 
-@pytest.mark.parametrize('kw', [dict(steps=0), dict(steps=5, warmup=6), dict(steps=5, warmup=-1),
-                                dict(steps=5, final=-.1), dict(steps=5, final=1.1), dict(steps=5, final=math.nan)])
+@pytest.mark.parametrize('kw', [dict(steps=0), dict(warmup=6), dict(warmup=-1), dict(final=-.1),
+                                dict(final=1.1), dict(final=math.nan)])
 def test_schedule_refuses(kw):
-    with pytest.raises(UserError, match='Schedule: steps ≥ 1'): CosineSchedule(sgd(), **kw)
+    with pytest.raises(UserError, match='Schedule: steps ≥ 1'): CosineSchedule(sgd(), **{'steps': 5, **kw})
 
 # -- checkpoint --
 
@@ -170,7 +172,8 @@ def test_checkpoint_round_trip(tmp_path):
     (dict(loss=np.float64(1)), r"state\['loss'\] is a numpy.float64"),
     (dict(history=[dict(acc=np.float32(1))]), r"state\['history'\]\[0\]\['acc'\] is a numpy.float32"),
     (dict(head=np.int64(3)), 'numpy.int64'), (dict(x=np.zeros(2)), 'numpy.ndarray'),
-    (dict(model=nn.Linear(1, 1)), 'Linear'), (dict(path=Path('x')), 'pathlib'), (dict(d={np.int64(1): 2}), 'a key of'),
+    (dict(model=nn.Linear(1, 1)), 'Linear'), (dict(path=Path('x')), 'pathlib'),
+    (dict(d={np.int64(1): 2}), 'a key of'),
     (dict(f=len), 'builtin'), (dict(s={1, 2}), 'builtins.set'), (dict(b=b'x'), 'bytes')])
 def test_checkpoint_takes_only_plain_values(tmp_path, bad, where):
     c = Checkpoint(tmp_path/'c.pt')
@@ -180,7 +183,7 @@ def test_checkpoint_takes_only_plain_values(tmp_path, bad, where):
 
 @settings(max_examples=50, deadline=None)
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-                    lambda s: st.lists(s, max_size=3) | st.dictionaries(st.text(), s, max_size=3), max_leaves=8))
+                    lambda s: st.lists(s, max_size=3) | st.dictionaries(st.text(), s, max_size=3)))
 def test_what_passes_the_check_loads(value):
     check_plain(value)
     file = io.BytesIO()
@@ -202,10 +205,11 @@ def test_every_truncation_is_noticed(tmp_path):
     whole = path.read_bytes()
     for n in [*range(0, len(whole), 97), len(whole) - 1]:
         path.write_bytes(whole[:n])
-        with pytest.raises(UserError, match="c.pt' is damaged, or is no checkpoint: delete it"): Checkpoint(path).load()
+        with pytest.raises(UserError, match="c.pt' is damaged, or .*: delete it"): Checkpoint(path).load()
         assert path.stat().st_size == n                              # and left for the user to look at
 
-@pytest.mark.parametrize('content', [b'', b'\0'*4096, b'not a checkpoint', os.urandom(5000), b'\x80\x04N.', b'PK\x03\x04'])
+@pytest.mark.parametrize('content', [b'', b'\0'*4096, b'not a checkpoint', bytes(range(256))*20,
+                                     b'\x80\x04N.', b'PK\x03\x04'])
 def test_garbage_is_noticed(tmp_path, content):
     path = tmp_path/'c.pt'
     path.write_bytes(content)
@@ -255,10 +259,10 @@ def test_write_is_synced_before_the_rename(tmp_path, monkeypatch):
     assert calls[:2] == ['sync', 'rename']
 
 def test_neighboring_files_are_left_alone(tmp_path):
-    others = ['d.pt', '.d.pt.0a', 'xc[1].pt', '.c1.pt.0a']
+    others = ['d.pt', '.c[1].pt.bak', 'xc[1].pt', '.c1.pt.' + 8*'0a1b']
     for name in others: (tmp_path/name).touch()
     c = Checkpoint(tmp_path/'c[1].pt')
-    (tmp_path/'.c[1].pt.0123').touch()                               # of a killed program
+    (tmp_path/('.c[1].pt.' + 8*'0a1b')).touch()                         # of a killed program
     c.save(value=1)
     assert sorted(os.listdir(tmp_path)) == sorted([*others, 'c[1].pt'])
 
@@ -315,7 +319,8 @@ def test_batches(n, batch_size):
     flat = torch.cat(out)
     assert len(out) == steps_per_epoch(n, batch_size) == max(1, n // batch_size)
     assert {len(b) for b in out} == {min(n, batch_size)}
-    assert len(flat.unique()) == len(flat) and 0 <= flat.min() and flat.max() < n and flat.dtype == torch.int64
+    assert len(flat.unique()) == len(flat) and 0 <= flat.min() and flat.max() < n
+    assert flat.dtype == torch.int64
     if n % batch_size == 0 or n < batch_size: assert len(flat) == n
 
 def test_order_changes_from_epoch_to_epoch_but_not_from_run_to_run():
@@ -345,8 +350,8 @@ def setup(optimizer='adam', schedule=True, epochs=6, batch_size=8, seed=0, net=N
     def step(i):
         logits = net(X[i] + .1 * torch.randn(X[i].shape, generator=g))
         return dict(loss=F.cross_entropy(logits, Y[i]), acc=(logits.argmax(1) == Y[i]).float().mean())
-    def run(n=37, **kw): return train(step, n, opt, **{**dict(epochs=epochs, batch_size=batch_size, generator=g,
-                                                              schedule=sched, modules=[net]), **kw})
+    usual = dict(epochs=epochs, batch_size=batch_size, generator=g, schedule=sched, modules=[net])
+    def run(n=37, **kw): return train(step, n, opt, **{**usual, **kw})
     return net, opt, run
 
 def same(a, b): return all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
@@ -392,19 +397,20 @@ def test_resume_is_bit_equal(tmp_path, optimizer, schedule, stop):
     net, _, run = setup(optimizer, schedule)
     seen = []
     def killer(epoch):
-        if epoch == stop + 1: raise Killed                           # after the updates of the next epoch: they are lost
+        if epoch == stop + 1: raise Killed                           # the updates of this epoch are lost
         return {}
     with pytest.raises(Killed): run(checkpoint=Checkpoint(tmp_path/'c.pt'), monitor=killer)
     with seeded(99): other = nn.Sequential(small_resnet(widths=(4, 8)), nn.Linear(8, 3))
-    net, opt, run = setup(optimizer, schedule, net=other)            # another start: everything comes from the file
+    net, opt, run = setup(optimizer, schedule, net=other)            # all must come from the file
     resumed = run(checkpoint=Checkpoint(tmp_path/'c.pt'), monitor=lambda e: seen.append(e))
     assert seen == list(range(stop + 1, 7))
     assert resumed == history and same(net, straight)
 
 def test_resume_after_sigkill(tmp_path):
     script = '''
-        import os, signal, sys
+        import os, signal, sys, torch
         sys.path.insert(0, 'tests')
+        torch.set_num_threads(1)                                     # sums in another order: other bits
         from test_training import setup, Checkpoint
         net, opt, run = setup()
         def tell(epoch):
@@ -487,8 +493,8 @@ def test_truncated_checkpoint_stops_the_run(tmp_path):
     assert one_line(e) and c.path.read_bytes() == before
 
 @pytest.mark.parametrize('change,words', [
-    (dict(n=36), "'n': 37"), (dict(batch_size=9), "'batch_size': 8"), (dict(modules=[]), 'belongs to another run'),
-    (dict(modules=[nn.Linear(8, 3)]), 'belongs to another run'), (dict(schedule=None), 'belongs to another run'),
+    (dict(n=36), "'n': 37"), (dict(batch_size=9), "'batch_size': 8"), (dict(modules=[]), 'to another run'),
+    (dict(modules=[nn.Linear(8, 3)]), 'to another run'), (dict(schedule=None), 'to another run'),
     (dict(epochs=1), 'holds 2 epochs, but only 1 are asked for')])
 def test_foreign_checkpoint(tmp_path, change, words):
     c = Checkpoint(tmp_path/'c.pt')
@@ -521,7 +527,8 @@ def test_data_smaller_than_a_batch_still_trains(n):
     def step(i):
         sizes.append(len(i))
         return dict(loss=(p - 1).square().sum())
-    history = train(step, n, torch.optim.SGD([p], lr=.1), epochs=3, batch_size=1000, generator=make_generator(0))
+    opt = torch.optim.SGD([p], lr=.1)
+    history = train(step, n, opt, epochs=3, batch_size=1000, generator=make_generator(0))
     assert sizes == [n]*3 and p.item() > .4 and len(history) == 3
 
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
@@ -530,10 +537,10 @@ def test_non_finite_loss(tmp_path, value, when):
     p = nn.Parameter(torch.zeros(1))
     t = [0]
     def step(i):
-        t[0] += 1
-        return dict(loss=(p - 1).square().sum() * (value if t[0] == when + 5 else 1.))   # never in the first epoch
+        t[0] += 1                                                    # never in the first epoch
+        return dict(loss=(p - 1).square().sum() * (value if t[0] == when + 5 else 1.))
     c = Checkpoint(tmp_path/'c.pt')
-    with pytest.raises(FloatingPointError, match=f'The loss became (nan|{value}) in epoch {2 + when//4}') as e:
+    with pytest.raises(FloatingPointError, match=f'became (nan|{value}) in epoch {2 + when//4}') as e:
         train(step, 16, torch.optim.SGD([p], lr=.1), epochs=4, batch_size=4, generator=make_generator(0),
               modules=[nn.Linear(1, 1)], checkpoint=c)
     assert '\n' not in str(e.value) and len(c.load()['history']) == 1 + when//4  # the last good epoch is kept
@@ -596,7 +603,16 @@ def test_progress_bar(tmp_path):
     err = io.StringIO()
     with redirect_stderr(err): run(progress='pretext', monitor=lambda e: dict(knn=.5))
     text = err.getvalue()
-    assert text.count('\n') == 1 and 'pretext: 100%' in text and '24/24' in text and 'loss=' in text and 'knn=0.5' in text
+    assert text.count('\n') == 1
+    for part in ('pretext: 100%', '24/24', 'loss=', 'knn=0.5'): assert part in text
+
+def test_progress_bar_ends_its_line_on_an_error():
+    def fail(epoch): raise KeyboardInterrupt
+    err = io.StringIO()
+    with redirect_stderr(err):
+        try: setup()[2](progress='p', monitor=fail)
+        except KeyboardInterrupt: print('message', file=sys.stderr)
+    assert err.getvalue().endswith('\nmessage\n')
 
 def test_progress_bar_continues(tmp_path):
     c = Checkpoint(tmp_path/'c.pt')
@@ -614,8 +630,20 @@ def test_nothing_is_read_in_the_loop(monkeypatch):
     reads = []
     real = torch.Tensor.item
     monkeypatch.setattr(torch.Tensor, 'item', lambda self: (reads.append(1), real(self))[1])
-    monkeypatch.setattr(training.time, 'monotonic', lambda: 100.)    # the clock stands still: one read by the bar
+    monkeypatch.setattr(training.time, 'monotonic', lambda: 100.)    # no time goes by: the bar reads once
     p = nn.Parameter(torch.zeros(1))
     train(lambda i: dict(loss=p.sum(), a=p.sum()), 50, torch.optim.SGD([p], lr=.1), epochs=1, batch_size=1,
           generator=make_generator(0))
-    assert len(reads) <= 2 + 2
+    assert len(reads) == 1 + 2                                       # and the means of two values
+
+
+def test_a_row_that_says_stop_ends_the_run_for_good(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    checkpoint = Checkpoint(tmp_path/'c.pt')
+
+    def fit():
+        optimizer = torch.optim.SGD(model.parameters(), .1)
+        return train(lambda i: {'loss': model(torch.ones(len(i), 2)).square().mean()}, 8, optimizer, epochs=9, batch_size=4,
+                     generator=make_generator(0), modules=[model], checkpoint=checkpoint,
+                     monitor=lambda epoch: {'stop': 'enough'} if epoch == 3 else {})
+    assert [row['epoch'] for row in fit()] == [1, 2, 3] and fit()[-1]['stop'] == 'enough'

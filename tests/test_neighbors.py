@@ -1,0 +1,291 @@
+"Neighbors against float64 brute force, scikit-learn and faiss; purity and vote against loops; every wrong input."
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from scan_nb import neighbors
+from scan_nb.data import UserError, digits
+from scan_nb.models import ClusteringModel, ContrastiveModel, small_resnet
+from scan_nb.neighbors import cosine_blocks, embed, mine_neighbors, neighbor_accuracy, unit_rows, weighted_knn
+from torch import nn
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+def normal(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+def cosines(x, y=None):
+    "In float64, with NumPy; -2 for an image with itself."
+    x, alone, y = x.double().numpy(), y is None, (x if y is None else y).double().numpy()
+    unit = [v/np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-300) for v in (x, y)]
+    cosine = unit[0] @ unit[1].T
+    if alone: np.fill_diagonal(cosine, -2)
+    return cosine
+
+def check(found, x, k, tolerance=1e-5):
+    "Each row: k others, no one twice, nearest first, none nearer left out. Ties may stand in any order."
+    cosine, found = cosines(x), found.numpy()
+    assert found.shape == (len(x), k) and found.dtype == np.int64 and 0 <= found.min() and found.max() < len(x)
+    assert not (found == np.arange(len(x))[:, None]).any()
+    assert all(len(set(row)) == k for row in found.tolist())
+    expected = -np.sort(-cosine, axis=1)[:, :k]
+    np.testing.assert_allclose(np.take_along_axis(cosine, found, 1), expected, atol=tolerance, rtol=0)
+
+# ---- neighbors -------------------------------------------------------------------------------------------------------
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(2, 40), d=st.integers(1, 8), share=st.floats(0, 1), seed=st.integers(0, 10**6), block=st.integers(1, 200))
+def test_mine_neighbors_is_the_brute_force(n, d, share, seed, block):
+    x, k = normal(n, d, seed=seed)*torch.rand(n, 1).exp(), 1+int(share*(n-2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbors, 'BLOCK', block)
+        check(mine_neighbors(x, k), x, k)
+
+def test_agrees_with_scikit_learn_and_faiss():
+    import faiss
+    from sklearn.neighbors import NearestNeighbors
+    x, k = normal(700, 24), 12
+    found = mine_neighbors(x, k)
+    theirs = NearestNeighbors(n_neighbors=k, metric='cosine').fit(x.double().numpy()).kneighbors(return_distance=False)
+    assert (found.numpy() == theirs).mean() > .9999
+    index = faiss.IndexFlatIP(24)
+    index.add(unit_rows(x).numpy())
+    theirs = index.search(unit_rows(x).numpy(), k+1)[1]
+    assert (theirs[:, 0] == np.arange(700)).all() and (found.numpy() == theirs[:, 1:]).mean() > .9999
+
+@pytest.mark.parametrize('block', [1, 50, 51, 149, 150, 2500, 10**9])
+def test_blocks_change_nothing(monkeypatch, block):
+    x = normal(50, 6)
+    whole = mine_neighbors(x, 7)
+    monkeypatch.setattr(neighbors, 'BLOCK', block)
+    assert torch.equal(mine_neighbors(x, 7), whole)
+    parts = list(cosine_blocks(unit_rows(x), unit_rows(x), same=True))
+    assert len(parts) == -(-50//max(1, block//50)) and max(p.numel() for p in parts) <= max(50, block)
+    assert torch.cat(parts).diagonal().eq(-torch.inf).all() and torch.cat(parts).isinf().sum() == 50
+
+def test_every_other_image_can_be_asked_for():
+    x = normal(9, 4)
+    check(mine_neighbors(x, 8), x, 8)
+    assert torch.equal(mine_neighbors(torch.tensor([[1., 0], [0, 1]]), 1), torch.tensor([[1], [0]]))
+
+def test_a_duplicate_is_a_neighbor_the_image_itself_is_not():
+    x = normal(30, 5).repeat(2, 1)
+    found = mine_neighbors(x, 3)
+    assert torch.equal(found[:, 0], torch.arange(60).roll(30))
+    check(found, x, 3)
+    check(mine_neighbors(torch.ones(25, 3), 24), torch.ones(25, 3), 24)
+    check(mine_neighbors(torch.ones(25, 3), 5), torch.ones(25, 3), 5)
+
+def test_zero_rows_have_neighbors_too():
+    x = normal(20, 4)
+    x[[0, 7, 19]] = 0
+    check(mine_neighbors(x, 6), x, 6)
+    check(mine_neighbors(torch.zeros(6, 4), 2), torch.zeros(6, 4), 2)
+
+@pytest.mark.parametrize('dtype, size', [(torch.float32, 1e30), (torch.float32, 1e-30), (torch.float32, 1e-42),
+                                         (torch.float64, 1e300), (torch.float64, 1e-300), (torch.float32, 1e38)])
+def test_any_norm(dtype, size):
+    x = normal(40, 6).double().clamp(-3, 3)
+    scales = torch.logspace(0, 3, 40, dtype=torch.float64)[:, None] if size < 1e38 else 1
+    scaled = (x*scales*size/(1000 if size > 1 else 1)).to(dtype)
+    assert scaled.isfinite().all() and (scaled != 0).any(1).all()
+    rows = unit_rows(scaled)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(40))
+    if size > 1e-40: torch.testing.assert_close(rows, unit_rows(x), rtol=1e-5, atol=1e-6)
+    check(mine_neighbors(scaled, 5), rows, 5)
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.uint8, torch.int64])
+def test_other_types(dtype):
+    x = (normal(30, 16)*40+100).clamp(0, 255).to(dtype)
+    check(mine_neighbors(x, 4), x.double(), 4)
+    assert torch.equal(mine_neighbors(x.float().numpy(), 4), mine_neighbors(x, 4))
+
+def test_nothing_is_changed_or_tracked():
+    x = normal(30, 4).requires_grad_()
+    before = x.detach().clone()
+    assert not mine_neighbors(x, 3).requires_grad and torch.equal(x, before)
+    unit = unit_rows(before).clone()
+    mine_neighbors(unit, 3)
+    assert torch.equal(unit, unit_rows(before))
+
+@pytest.mark.parametrize('index', ['exact', 'ivf', 'hnsw'])
+@pytest.mark.parametrize('n, k, most', [(20, 20, 19), (20, 0, 19), (20, -1, 19), (1, 1, 0), (5, 20, 4)])
+def test_impossible_numbers_of_neighbors(index, n, k, most):
+    with pytest.raises(UserError, match=f'^{k} neighbors are asked for, but an image can have 1 to {most}'):
+        mine_neighbors(normal(n, 3), k, index)
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_embeddings_must_be_finite(bad):
+    x = normal(20, 3)
+    x[4, 1] = bad
+    for call in (lambda: mine_neighbors(x, 3), lambda: weighted_knn(x, torch.zeros(20, dtype=torch.int64)),
+                 lambda: weighted_knn(normal(20, 3), torch.zeros(20, dtype=torch.int64), x)):
+        with pytest.raises(UserError, match='must be finite'): call()
+
+@pytest.mark.parametrize('shape', [(20,), (20, 3, 2), (0, 3), (20, 0), ()])
+def test_embeddings_must_be_rows(shape):
+    with pytest.raises(UserError, match='must be N×D'): mine_neighbors(torch.zeros(shape), 3)
+
+# ---- approximate -----------------------------------------------------------------------------------------------------
+
+def recall(found, exact): return (found[:, :, None] == exact[:, None]).any(1).float().mean().item()
+
+@pytest.mark.parametrize('index', ['ivf', 'hnsw'])
+@pytest.mark.parametrize('noise', [.7, 1.5])
+def test_recall_of_an_approximate_index(index, noise):
+    g = torch.Generator().manual_seed(0)
+    x = normal(40, 32)[torch.randint(40, (6000,), generator=g)]+noise*normal(6000, 32, seed=1)
+    exact, found = mine_neighbors(x, 20), mine_neighbors(x, 20, index)
+    assert found.shape == (6000, 20) and found.dtype == torch.int64 and found.min() >= 0
+    assert not (found == torch.arange(6000)[:, None]).any()
+    assert all(len(set(row)) == 20 for row in found[::50].tolist())
+    assert recall(found, exact) > .9
+    unit = unit_rows(x)
+    similar = (unit[:, None]*unit[found]).sum(2)
+    assert (similar.diff(dim=1) < 1e-5).all()                                  # nearest first
+
+@pytest.mark.parametrize('index', ['ivf', 'hnsw'])
+@pytest.mark.parametrize('n', [2, 3, 30, 79])
+def test_an_approximate_index_of_few_images_is_exact(index, n):
+    x = normal(n, 8)
+    check(mine_neighbors(x, min(5, n-1), index), x, min(5, n-1))
+
+@pytest.mark.parametrize('index', ['ivf', 'hnsw'])
+def test_an_approximate_index_never_gives_the_image_itself(index):
+    found = mine_neighbors(normal(20, 4).repeat(6, 1), 5, index)
+    assert not (found == torch.arange(120)[:, None]).any()
+
+def test_the_image_itself_is_dropped_wherever_it_stands():
+    found = torch.tensor([[0, 1, 2], [2, 0, 3], [3, 1, 2]])
+    assert neighbors._drop_itself(found).tolist() == [[1, 2], [2, 0], [3, 1]]
+    with pytest.raises(UserError, match='fewer than 2 neighbors: use the exact'):
+        neighbors._drop_itself(torch.tensor([[0, 1, -1], [1, 0, 2]]))
+
+@pytest.mark.parametrize('index', ['flat', 'IVF', '', None])
+def test_unknown_index(index):
+    with pytest.raises(UserError, match="must be 'exact', 'ivf' or 'hnsw'"): mine_neighbors(normal(20, 3), 3, index)
+
+# ---- purity ----------------------------------------------------------------------------------------------------------
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(2, 20), k=st.integers(1, 5), c=st.integers(1, 4), seed=st.integers(0, 10**6))
+def test_purity_is_the_loop(n, k, c, seed):
+    g = torch.Generator().manual_seed(seed)
+    near, labels = torch.randint(n, (n, k), generator=g), torch.randint(-1, c, (n,), generator=g)
+    pairs = [(labels[i], labels[j]) for i in range(n) for j in near[i] if labels[i] >= 0 and labels[j] >= 0]
+    if pairs: assert abs(neighbor_accuracy(near, labels)-sum(int(a == b) for a, b in pairs)/len(pairs)) < 1e-12
+    else:
+        with pytest.raises(UserError, match='nothing to compare'): neighbor_accuracy(near, labels)
+
+def test_purity_takes_arrays_and_lists():
+    near = torch.tensor([[1], [0], [0]])
+    for labels in ([0, 0, 1], np.array([0, 0, 1]), torch.tensor([0, 0, 1], dtype=torch.uint8)):
+        assert neighbor_accuracy(near, labels) == pytest.approx(2/3)
+
+# ---- vote ------------------------------------------------------------------------------------------------------------
+
+def votes(cosine, labels, k, temperature):
+    "Each row's votes per class, by loops over float64."
+    out = np.zeros((len(cosine), int(max(labels))+1))
+    for i, row in enumerate(cosine):
+        for j in np.argsort(-row)[:k]: out[i, labels[j]] += np.exp((row[j]-1)/temperature)
+    return out
+
+def check_vote(found, expected):
+    "The class with most votes, or one that ties with it."
+    best = np.take_along_axis(expected, found.numpy()[:, None], 1)[:, 0]
+    np.testing.assert_allclose(best, expected.max(1), rtol=1e-3)
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(3, 30), m=st.integers(1, 9), c=st.integers(1, 5), k=st.integers(1, 8), seed=st.integers(0, 10**6),
+       temperature=st.floats(.05, 5), block=st.integers(1, 200))
+def test_vote_is_the_loop(n, m, c, k, seed, temperature, block):
+    x, y, k = normal(n, 4, seed=seed), normal(m, 4, seed=seed+1), min(k, n-1)
+    labels = torch.randint(c, (n,), generator=torch.Generator().manual_seed(seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbors, 'BLOCK', block)
+        by_others, new = weighted_knn(x, labels, k=k, temperature=temperature), weighted_knn(x, labels, y, k, temperature)
+    assert by_others.shape == (n,) and new.shape == (m,) and new.dtype == torch.int64
+    check_vote(by_others, votes(cosines(x), labels.numpy(), k, temperature))
+    check_vote(new, votes(cosines(y, x), labels.numpy(), k, temperature))
+
+def test_vote_agrees_with_scikit_learn():
+    from sklearn.neighbors import KNeighborsClassifier
+    data = digits()
+    x, y = unit_rows(data.images.flatten(1)), data.labels
+    model = KNeighborsClassifier(20, metric='cosine', algorithm='brute', weights=lambda d: np.exp(-d/.07)).fit(x[:1000], y[:1000])
+    ours = weighted_knn(x[:1000], y[:1000], x[1000:])
+    assert (ours.numpy() == model.predict(x[1000:].numpy())).mean() > .998
+    assert (ours == y[1000:]).double().mean() > .95
+
+def test_leave_one_out_leaves_one_out():
+    x, labels = normal(25, 4), torch.arange(25) % 3
+    for i in (0, 11, 24):
+        others = torch.arange(25) != i
+        assert weighted_knn(x, labels, k=6)[i] == weighted_knn(x[others], labels[others], x[i:i+1], k=6)[0]
+    assert torch.equal(weighted_knn(x, torch.arange(25), x, k=1), torch.arange(25))  # given as new, it finds itself
+    assert not (weighted_knn(x, torch.arange(25), k=1) == torch.arange(25)).any()
+
+def test_temperature_goes_from_the_nearest_to_the_majority():
+    x = torch.tensor([[1., 0], [.99, .1], [.9, .4], [.9, .41], [.9, .42]])
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    assert weighted_knn(x, labels, x[:1], k=5, temperature=1e-4) == 0
+    assert weighted_knn(x, labels, x[:1], k=5, temperature=100.) == 1
+
+@pytest.mark.parametrize('change, message', [
+    (dict(k=20), '20 neighbors are asked for, but an image can have 1 to 19'), (dict(k=0), '0 neighbors'),
+    (dict(k=21, embeddings=normal(4, 3)), '21 neighbors are asked for, but an image can have 1 to 20'),
+    (dict(temperature=0), 'temperature must be above 0'), (dict(temperature=-1.), 'temperature must be above 0'),
+    (dict(train_labels=torch.zeros(19)), '20 embeddings need 20 labels'),
+    (dict(train_labels=torch.full((20,), -1)), 'needs a label from 0 up'),
+    (dict(embeddings=normal(4, 5)), 'of 5 and 3 numbers')])
+def test_impossible_votes(change, message):
+    arguments = dict(train_embeddings=normal(20, 3), train_labels=torch.zeros(20, dtype=torch.int64), k=5)
+    with pytest.raises(UserError, match=message): weighted_knn(**{**arguments, **change})
+
+# ---- embed -----------------------------------------------------------------------------------------------------------
+
+IMAGES = digits().images[:70]
+
+@pytest.mark.parametrize('model', [ContrastiveModel(small_resnet(1, (4, 8))), ClusteringModel(small_resnet(1, (4, 8)), 3)])
+def test_embed(model):
+    model.train()
+    model.backbone.bn1.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    whole = embed(model, IMAGES)
+    assert whole.shape == (70, 8) and whole.dtype == torch.float32 and not whole.requires_grad
+    for size in (1, 32, 69): torch.testing.assert_close(embed(model, IMAGES, size), whole)
+    assert model.training and not model.backbone.bn1.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with torch.no_grad(): torch.testing.assert_close(model.eval().embed(IMAGES), whole)
+
+def test_embed_with_any_module():
+    class Pixels(nn.Module):
+        def forward(self, x): return x.double().flatten(1)
+    assert torch.equal(embed(Pixels(), IMAGES, 16), IMAGES.flatten(1).float())
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+    torch.testing.assert_close(embed(linear, IMAGES/255., 16), linear(IMAGES/255.).detach())
+
+def test_embed_memory_mapped_images(tmp_path):
+    np.save(tmp_path/'x.npy', IMAGES.numpy())
+    mapped, model = torch.from_numpy(np.load(tmp_path/'x.npy', mmap_mode='c')), ContrastiveModel(small_resnet(1, (4, 8)))
+    assert torch.equal(embed(model, mapped, 32), embed(model, IMAGES, 32))
+
+def test_embed_nothing():
+    with pytest.raises(UserError, match='no image'): embed(ContrastiveModel(small_resnet(1, (4, 8))), IMAGES[:0])
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+def test_on_cuda():
+    x = normal(500, 16)
+    found = mine_neighbors(x.cuda(), 7)
+    assert found.device.type == 'cuda'
+    check(found.cpu(), x, 7)
+    labels = torch.arange(500) % 4
+    assert (weighted_knn(x.cuda(), labels) == weighted_knn(x, labels)).float().mean() > .99
+    assert 0 <= neighbor_accuracy(found, labels) <= 1
+    features = embed(ContrastiveModel(small_resnet(1, (4, 8))).cuda(), IMAGES)
+    assert features.device.type == 'cpu' and features.dtype == torch.float32
