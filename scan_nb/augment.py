@@ -80,12 +80,12 @@ def uniform(
     device = x.device if generator is None else generator.device
     return torch.rand(len(x), columns, generator=generator, device=device)
 
-# %% ../nbs/01_augment.ipynb #7a413996
+# %% ../nbs/01_augment.ipynb #907edc74
 def random_boxes(
     x: Tensor,  # n×C×H×W images; only the shape counts
     scale: tuple[float, float] = (.2, 1.),    # area of the box by area of the image; above 1: zoom out
     ratio: tuple[float, float] = (3/4, 4/3),  # width by height, log-uniform
-    generator: torch.Generator|None = None,
+    generator: torch.Generator|None = None,  # see `uniform`
 ) -> Tensor:    # n×4 left, top, width, height in pixels, not rounded
     "Random resized crop: the first of ten tries that fits inside, else the largest central one."
     height, width = x.shape[-2:]
@@ -255,10 +255,10 @@ def cut_out_(
         inside.append((away >= 0) & (away < side[:, None]))
     return x.masked_fill_((inside[1][:, :, None] & inside[0][:, None])[:, None], fill)
 
-# %% ../nbs/01_augment.ipynb #9e1c598c
+# %% ../nbs/01_augment.ipynb #f9200761
 class BatchAugment(nn.Module):
     "Draws settings for every image, then renders the images with them; a subclass says how."
-    part = 2**18  # pixel values worked on at a time on a CPU, for its cache
+    part = 2**19  # pixel values worked on at a time on a CPU, for its cache
     def __post_init__(self):
         super().__init__()
         self.check()
@@ -303,11 +303,11 @@ def check_views(
         require(0 <= (v := getattr(aug, name)) < math.inf, f'{name} is {v}: give a number of at least 0')
     require(0 <= aug.hue <= .5, f'hue is {aug.hue}: give at most half a turn, 0 to 0.5')
 
-# %% ../nbs/01_augment.ipynb #a55ecb86
+# %% ../nbs/01_augment.ipynb #e9049a2e
 def draw_views(
     aug: nn.Module,  # a SimCLRAugment
     x: Tensor,       # B×C×H×W images; only the shape counts
-    generator: torch.Generator|None = None,
+    generator: torch.Generator|None = None,  # see `uniform`
 ) -> dict[str, Tensor]:  # settings, one row per image
     "Everything random about one view of each image."
     blends = 3 if x.shape[1] == 3 else 2
@@ -534,11 +534,11 @@ def check_strong(
     require(0 <= aug.flip_p <= 1, f'flip_p is {aug.flip_p}: give a chance in [0, 1]')
     require(0 <= aug.fill <= 1, f'fill is {aug.fill}: give a value in [0, 1]')
 
-# %% ../nbs/01_augment.ipynb #cfea5a8c
+# %% ../nbs/01_augment.ipynb #7a8f3146
 def draw_strong(
     aug: nn.Module,  # a StrongAugment
     x: Tensor,       # B×C×H×W images; only the shape counts
-    generator: torch.Generator|None = None,
+    generator: torch.Generator|None = None,  # see `uniform`
 ) -> dict[str, Tensor]:  # settings, one row per image
     "Everything random about one strong view of each image; its first operation is the flip or nothing."
     height, width = x.shape[-2:]

@@ -32,7 +32,7 @@ def _read_setting(
     name, dot, part = name.partition('.')
     return {name: {part: value} if dot else value}
 
-# %% ../nbs/13_cli.ipynb #5c361e28
+# %% ../nbs/13_cli.ipynb #9e31cfaa
 def _settings(
     args: argparse.Namespace,  # of `scan-nb run`
     preset: str,               # name of a preset
@@ -46,23 +46,24 @@ def _settings(
     no_flip = [dict(views=dict(flip_p=0)), dict(strong=dict(flip_p=0))] if args.no_flip else []
     for changed in [*no_flip, *map(_read_setting, args.set)]:
         for name, value in changed.items():
-            if name not in SCAN().get_params(): raise UserError(f"SCAN has no setting '{name}'; see help(SCAN).")
+            if name not in SCAN().get_params(): raise UserError(f"There is no setting '{name}', see SCAN.")
             settings[name] = (settings.get(name) or {}) | value if isinstance(value, dict) else value
     return settings
 
-# %% ../nbs/13_cli.ipynb #eb206da0
+# %% ../nbs/13_cli.ipynb #daee33e9
 def _print_scores(
     metrics: dict,  # metrics.json of a run
 ) -> None:
-    "The table of stages, the final one last, on stdout."
+    "A table per split on stdout, the final stage last."
     from scan_nb.report import table_of_scores
-    table = table_of_scores(metrics)
-    rows = [('', table['columns']), *table['rows']]
-    first = max(len(name) for name, _ in rows)
-    for name, cells in rows:
-        print(name.ljust(first), *(cell.rjust(len(c)) for cell, c in zip(cells, table['columns'])), sep='  ')
+    for split in metrics['splits']:
+        table = table_of_scores(metrics, split)
+        rows = [(f'{split} images, percent', table['columns']), *table['rows']]
+        first = max(len(name) for name, _ in rows)
+        for name, cells in rows:
+            print(name.ljust(first), *(x.rjust(max(5, len(c))) for x, c in zip(cells, table['columns'])))
 
-# %% ../nbs/13_cli.ipynb #6c09c602
+# %% ../nbs/13_cli.ipynb #ba5631c6
 def _run(
     args: argparse.Namespace,  # source and options
 ) -> None:
@@ -72,7 +73,7 @@ def _run(
     scan = SCAN(**_settings(args, preset), progress=True).fit(source, test=test)
     metrics = scan.metrics_
     for note in metrics['notes']: print(f'Note: {note}', file=sys.stderr)
-    print(f"{scan.n_clusters} clusters of {len(scan.labels_):,} images; scores in percent:")
+    print(f"{scan.n_clusters} clusters of {len(scan.labels_):,} images")
     _print_scores(metrics)
     print(f"Clusters: {Path(scan.out)/'clusters.csv'}\nReport:   {Path(scan.out)/'report.html'}")
 
@@ -88,7 +89,7 @@ def _find_files(
         files += find_images(path) if path.is_dir() else [path]
     return files
 
-# %% ../nbs/13_cli.ipynb #db1b5775
+# %% ../nbs/13_cli.ipynb #f341120c
 def _predict(
     args: argparse.Namespace,  # run, files, out, device
 ) -> None:
@@ -98,7 +99,7 @@ def _predict(
     files = _find_files(args.files)
     scan = SCAN.load(args.run, args.device)
     channels, height, width = scan.recipe_['data']['shape']
-    if height != width: raise UserError(f'The model takes images of {height}×{width}, but files are cropped to squares.')
+    if height != width: raise UserError(f'The model takes {height}×{width} images, not square files.')
     images, skipped = read_images(files, height, channels)
     for path, why in skipped: print(f"Skipped '{path}': {why}.", file=sys.stderr)
     if not len(images): raise UserError('None of the files can be read as an image.')
@@ -107,18 +108,19 @@ def _predict(
     if args.out: Path(args.out).write_text(text, encoding='utf-8')
     else: print(text, end='')
 
-# %% ../nbs/13_cli.ipynb #b478062d
+# %% ../nbs/13_cli.ipynb #6f613298
 def _eval(
     args: argparse.Namespace,  # run, source or None, device
 ) -> None:
     "scan-nb eval: the scores of a run, or of its model on other images with labels."
-    from scan_nb.pipeline import SCAN
+    from scan_nb.pipeline import SCAN, grade
     from scan_nb.report import read_metrics
     if args.source is None: return _print_scores(read_metrics(args.run))
     scan = SCAN.load(args.run, args.device)
     source, test, _ = _load_source(args.source)
-    for name, data in {'train' if test else 'all': source, 'test': test}.items():
-        if data is not None: print(f'{name}: accuracy {100*scan.score(data):.1f} %')
+    for name, data in ({'all': source} if test is None else {'train': source, 'test': test}).items():
+        scores = grade(scan, data)
+        print(f'{name}:', *(f'{key.upper()} {100*scores[key]:.1f}' for key in ('acc', 'nmi', 'ari')))
 
 # %% ../nbs/13_cli.ipynb #646def0c
 def _report(
@@ -128,7 +130,7 @@ def _report(
     from scan_nb.report import write_report
     print(write_report(args.run))
 
-# %% ../nbs/13_cli.ipynb #3827b094
+# %% ../nbs/13_cli.ipynb #7cef8841
 def _add_run(
     commands,   # of the parser
 ) -> None:
@@ -139,35 +141,36 @@ def _add_run(
     p.add_argument('--out', metavar='DIR', help='run folder, continued if it exists (default: runs/NAME)')
     p.add_argument('--seed', type=int, metavar='S', help='another seed, another run (default: 0)')
     p.add_argument('--device', help='cpu, cuda, mps (default: the best there is)')
-    p.add_argument('--epochs', type=int, metavar='E', help='passes of SimCLR over the images (default: by their number)')
-    p.add_argument('--size', type=int, metavar='PX', help='side to which a folder is resized (default: at most 96)')
-    p.add_argument('--no-flip', action='store_true', help='mirror images mean something else: digits, letters')
+    p.add_argument('--epochs', type=int, metavar='E', help='passes of SimCLR (default: by number of images)')
+    p.add_argument('--size', type=int, metavar='PX', help='side of images from files (default: at most 96)')
+    p.add_argument('--no-flip', action='store_true',
+                   help='a mirror image means something else: digits, letters')
     p.add_argument('--set', action='append', default=[], metavar='NAME=VALUE',
                    help='any other setting of SCAN, such as n_neighbors=10 or views.rotation=15; repeatable')
     p.set_defaults(command=_run)
 
-# %% ../nbs/13_cli.ipynb #f2d2dfc1
+# %% ../nbs/13_cli.ipynb #5e9a5006
 def _add_others(
     commands,   # of the parser
 ) -> None:
     "The options of scan-nb predict, eval and report."
-    predict = commands.add_parser('predict', help='clusters of new images, as CSV: path,index,cluster,confidence')
+    predict = commands.add_parser('predict', help='clusters of new images, as CSV')
     predict.add_argument('run', metavar='RUN', help='a finished run folder')
     predict.add_argument('files', nargs='+', metavar='FILES', help='images, or folders of images')
     predict.add_argument('--out', metavar='CSV', help='file to write (default: stdout)')
     evaluate = commands.add_parser('eval', help='scores of a run, or of its model on other labelled images')
     evaluate.add_argument('run', metavar='RUN', help='a finished run folder')
-    evaluate.add_argument('source', nargs='?', metavar='SOURCE', help='digits, fashion-mnist, or a folder of class folders')
-    for p in (predict, evaluate): p.add_argument('--device', help='cpu, cuda, mps (default: the best there is)')
+    evaluate.add_argument('source', nargs='?', metavar='SOURCE', help='digits, fashion-mnist, or a folder')
+    for p in (predict, evaluate): p.add_argument('--device', help='cpu, cuda, mps (default: the best)')
     report = commands.add_parser('report', help='write report.html anew')
     report.add_argument('run', metavar='RUN', help='a finished run folder')
-    for p, command in ((predict, _predict), (evaluate, _eval), (report, _report)): p.set_defaults(command=command)
+    for p, does in ((predict, _predict), (evaluate, _eval), (report, _report)): p.set_defaults(command=does)
 
-# %% ../nbs/13_cli.ipynb #550a8948
+# %% ../nbs/13_cli.ipynb #fdbd640d
 def _parser() -> argparse.ArgumentParser:
     "All commands."
     from scan_nb import __version__
-    parser = argparse.ArgumentParser('scan-nb', description='Learning to classify images without labels (SCAN).')
+    parser = argparse.ArgumentParser('scan-nb', description='Cluster images without labels (SCAN).')
     parser.add_argument('--version', action='version', version=__version__)
     commands = parser.add_subparsers(required=True, metavar='COMMAND', dest='name')
     _add_run(commands)

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['ScanLoss', 'mean_entropy', 'scan_loss', 'validate_scan', 'head_agreement', 'unstandardize', 'TrainedHeads',
-           'check_neighbors', 'choose_head', 'random_partners', 'heads_step', 'train_heads', 'clustering_health',
-           'diagnose', 'logits_of', 'StageResult', 'got_worse', 'keep_or_restore', 'scan_step', 'train_scan']
+           'check_neighbors', 'choose_head', 'random_partners', 'train_heads', 'clustering_health', 'diagnose',
+           'logits_of', 'StageResult', 'got_worse', 'train_checked', 'train_scan']
 
-# %% ../nbs/09_scan.ipynb #93e2d8e5
-import copy, math
+# %% ../nbs/09_scan.ipynb #86bca8f7
+import copy
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .data import UserError
 from .models import ClusteringModel, ClusterHeads, evaluating
-from .training import (Checkpoint, CosineSchedule, autocast, make_generator, seeded, steps_per_epoch, train)
+from .training import CosineSchedule, autocast, make_generator, seeded, steps_per_epoch, train
 from .simclr import take
 
 # %% ../nbs/09_scan.ipynb #98f4fb6c
@@ -98,13 +100,13 @@ class TrainedHeads(NamedTuple):
     best: int            # the chosen head
     history: list        # a row per epoch
 
-# %% ../nbs/09_scan.ipynb #68a17642
+# %% ../nbs/09_scan.ipynb #001a7777
 def check_neighbors(
     images: Tensor,     # N×…: images or embeddings
     neighbors: Tensor,  # N×K int64
     n_clusters: int,    # C
 ) -> None:
-    "Raises UserError when the neighbors belong to another set, or the clusters are fewer than 2 or more than N."
+    "Raises UserError for neighbors of another set, and for fewer than 2 or more than N clusters."
     n = len(images)
     if neighbors.ndim != 2 or len(neighbors) != n or neighbors.min() < 0 or neighbors.max() >= n:
         raise UserError(f'neighbors of shape {tuple(neighbors.shape)} do not belong to {n} images: '
@@ -112,13 +114,13 @@ def check_neighbors(
     if not 2 <= n_clusters <= n:
         raise UserError(f'n_clusters is {n_clusters}: give at least 2 and at most the {n} images')
 
-# %% ../nbs/09_scan.ipynb #08d7e3cd
+# %% ../nbs/09_scan.ipynb #cc4624a2
 def choose_head(
     losses: Tensor,     # H
     agreement: Tensor,  # H
     choose: str,        # 'loss', 'agreement', or 'both'
 ) -> int:               # the chosen head
-    "Lowest loss, highest agreement, or the most agreed of the quarter with the lowest loss. Raises UserError."
+    "Lowest loss, highest agreement, or the most agreed of the quarter with the lowest loss."
     if choose not in ('loss', 'agreement', 'both'):
         raise UserError(f"choose is {choose!r}: give 'loss', 'agreement' or 'both'")
     if choose == 'loss': return losses.argmin().item()
@@ -135,22 +137,25 @@ def random_partners(
     column = torch.randint(neighbors.shape[1], (len(indices), 1), generator=generator, device=indices.device)
     return neighbors[indices].gather(1, column)[:, 0]
 
-# %% ../nbs/09_scan.ipynb #7f82e001
-def heads_step(
-    heads: ClusterHeads,         # H linear heads
-    z: Tensor,                   # N×D standardized embeddings
-    neighbors: Tensor,           # N×K int64
-    entropy_weight: float,       # λ
-    generator: torch.Generator,  # draws the partners
-):                               # function(indices) -> losses, for `train`
-    "One step of all heads on their sum of losses."
+# %% ../nbs/09_scan.ipynb #41361e32
+def _heads_step(heads, z, neighbors, entropy_weight, generator):
+    "One step of all heads for `train`: the sum of their losses."
     def step(indices):
         both = torch.cat([indices, random_partners(neighbors, indices, generator)])
         loss = scan_loss(*heads(z[both]).chunk(2, 1), entropy_weight)
         return dict(loss=loss.total.sum(), consistency=loss.consistency.mean(), entropy=loss.entropy.mean())
     return step
 
-# %% ../nbs/09_scan.ipynb #ae2b6c18
+# %% ../nbs/09_scan.ipynb #444948e1
+def _fit_heads(heads, z, neighbors, lr, entropy_weight, generator, epochs, batch_size, progress):
+    "Adam along a cosine; gives the history."
+    optimizer = torch.optim.Adam(heads.parameters(), lr)
+    schedule = CosineSchedule(optimizer, epochs*steps_per_epoch(len(z), batch_size))
+    step = _heads_step(heads, z, neighbors, entropy_weight, generator)
+    return train(step, len(z), optimizer, epochs=epochs, batch_size=batch_size, generator=generator,
+                 schedule=schedule, modules=[heads], progress=progress)
+
+# %% ../nbs/09_scan.ipynb #79404200
 def train_heads(
     embeddings: Tensor,          # N×D, from `embed` or any other model
     neighbors: Tensor,           # N×K int64
@@ -163,28 +168,26 @@ def train_heads(
     choose: str = 'loss',        # how the head is chosen, see `choose_head`
     seed: int = 0,               # of initial weights, batches and partners
     progress: str|None = None,   # label of a progress bar
-) -> TrainedHeads:
-    "Many linear heads on fixed embeddings, all at once (SCAN, section 2.2). Raises UserError for foreign neighbors."
+) -> TrainedHeads:  # all heads, and the chosen one
+    "Many linear heads on fixed embeddings (SCAN, section 2.2). Raises UserError for foreign neighbors."
     check_neighbors(embeddings, neighbors, n_clusters)
     mean, std = embeddings.mean(0), embeddings.std(0).clamp_min(1e-6)
     z, generator = (embeddings - mean)/std, make_generator(seed, embeddings.device)
     with seeded(seed): heads = ClusterHeads(z.shape[1], n_clusters, n_heads).to(z.device)
-    optimizer = torch.optim.Adam(heads.parameters(), lr)
-    schedule = CosineSchedule(optimizer, epochs*steps_per_epoch(len(z), batch_size))
-    history = train(heads_step(heads, z, neighbors, entropy_weight, generator), len(z), optimizer, epochs=epochs,
-                    batch_size=batch_size, generator=generator, schedule=schedule, modules=[heads], progress=progress)
+    history = _fit_heads(heads, z, neighbors, lr, entropy_weight, generator, epochs, batch_size, progress)
     with torch.no_grad(): logits = heads(z)
     losses = validate_scan(logits, neighbors, entropy_weight).total
     agreement = head_agreement(logits.argmax(-1), n_clusters)
-    return TrainedHeads(unstandardize(heads, mean, std), losses, agreement, choose_head(losses, agreement, choose), history)
+    best = choose_head(losses, agreement, choose)
+    return TrainedHeads(unstandardize(heads, mean, std), losses, agreement, best, history)
 
-# %% ../nbs/09_scan.ipynb #a1d9b303
+# %% ../nbs/09_scan.ipynb #079ae440
 @torch.no_grad()
 def clustering_health(
     logits: Tensor,              # N×C, on the device of the neighbors
     neighbors: Tensor,           # N×K int64
     entropy_weight: float = 5.,  # λ of `val_loss`
-) -> dict[str, float]:           # val_loss, agreement (0 to 1), effective_clusters (1 to C), confidence (1/C to 1)
+) -> dict[str, float]:           # val_loss, agreement, effective_clusters (1 to C), confidence
     "What can be said of a clustering without labels."
     clusters, n_clusters = logits.argmax(-1), logits.shape[-1]
     share = torch.bincount(clusters, minlength=n_clusters).double()/len(clusters)
@@ -193,19 +196,19 @@ def clustering_health(
                 effective_clusters=torch.special.entr(share).sum().exp().item(),
                 confidence=logits.float().softmax(-1).amax(-1).mean().item())
 
-# %% ../nbs/09_scan.ipynb #d589cc6c
+# %% ../nbs/09_scan.ipynb #5e0350e6
 def diagnose(
     health: dict,     # from `clustering_health`
     n_clusters: int,  # C
 ) -> str:             # plain words; empty when nothing is wrong
     "Says in a sentence each what looks wrong with a clustering, and what to do."
     used, words = health['effective_clusters'], []
-    if used < 1.5: words.append('All images fell into one cluster: raise the entropy weight or the batch size.')
+    if used < 1.5: words.append('All images fell into one cluster: raise the entropy weight or the batch.')
     elif used < .7*n_clusters: words.append(f'Only about {used:.1f} of {n_clusters} clusters are in use: '
                                             'ask for fewer clusters, or raise the entropy weight.')
     if health['agreement'] < .5: words.append('Fewer than half of the neighbors share a cluster: '
                                               'train the pretext task longer, or mine fewer neighbors.')
-    if health['confidence'] < .5: words.append('Most images are undecided: train longer, or lower the entropy weight.')
+    if health['confidence'] < .5: words.append('Most images are undecided: train longer, or lower λ.')
     return ' '.join(words)
 
 # %% ../nbs/09_scan.ipynb #84bf524f
@@ -227,7 +230,7 @@ class StageResult(NamedTuple):
     kept: bool     # False: the model has the weights from before the stage
     reason: str    # why, in a sentence
 
-# %% ../nbs/09_scan.ipynb #130278e5
+# %% ../nbs/09_scan.ipynb #7ed4954c
 def got_worse(
     before: dict,             # from `clustering_health`, before the stage
     after: dict,              # the same, after it
@@ -236,37 +239,50 @@ def got_worse(
     "A label-free comparison: did clusters lose their balance, or neighbors part?"
     lost = 1 - after['effective_clusters']/before['effective_clusters']
     if lost > tolerance:
-        return f"effective clusters fell from {before['effective_clusters']:.2f} to {after['effective_clusters']:.2f}"
+        return 'effective clusters fell from {:.2f} to {:.2f}'.format(
+            before['effective_clusters'], after['effective_clusters'])
     if before['agreement'] - after['agreement'] > tolerance:
         return f"agreement of neighbors fell from {before['agreement']:.3f} to {after['agreement']:.3f}"
     return ''
 
-# %% ../nbs/09_scan.ipynb #974b1c65
-def keep_or_restore(
-    model: ClusteringModel,  # after the stage; gets the old weights back if it got worse
-    old: dict,               # its state dict before the stage, copied
-    before: dict,            # health before
-    history: list,           # of the stage; the last row holds the health after it
-    tolerance: float = .015, # see `got_worse`
+# %% ../nbs/09_scan.ipynb #9962eba9
+def train_checked(
+    model: ClusteringModel,      # trained in place
+    step: Callable,              # function(indices) -> losses, for `train`
+    images: Tensor,              # N×C×H×W, anywhere
+    neighbors: Tensor,           # N×K int64, for the check
+    optimizer: torch.optim.Optimizer,  # of the model
+    *, result: ClusteringModel|None = None,  # what the stage gives; None: the model itself
+    stop: bool = False,          # end as soon as an epoch made it worse; else look at the end
+    tolerance: float = .015,     # see `got_worse`
+    monitor: Callable|None = None,  # function(epoch) -> dict, added to each row
+    **options,                   # of `train`: epochs, batch_size, generator, schedule, checkpoint, progress
 ) -> StageResult:
-    "Keeps a stage only when the label-free check says that it did no harm."
+    "Run a stage and watch its health: when it did harm, the model has its old weights back."
+    old, before = copy.deepcopy(model.state_dict()), clustering_health(logits_of(model, images), neighbors)
+    result = result or model
+    def watch(epoch):
+        seen = clustering_health(logits_of(result, images), neighbors)
+        why = got_worse(before, seen, tolerance) if stop else ''
+        return seen | (monitor(epoch) if monitor else {}) | ({'stop': why} if why else {})
+    modules = [model] if result is model else [model, result]
+    history = train(step, len(images), optimizer, modules=modules, monitor=watch, **options)
+    model.load_state_dict(result.state_dict())
+    return _keep_or_restore(model.eval(), old, before, history, tolerance)
+
+# %% ../nbs/09_scan.ipynb #607fbc9e
+def _keep_or_restore(model, old, before, history, tolerance):
+    "The verdict on a stage; gives the old weights back if it got worse."
     after = history[-1] if history else before
     why = got_worse(before, after, tolerance)
     if why: model.load_state_dict(old)
-    return StageResult(history, not why, f'not kept: {why}' if why else
-                       f"kept: agreement {before['agreement']:.3f} → {after['agreement']:.3f}, "
-                       f"effective clusters {before['effective_clusters']:.2f} → {after['effective_clusters']:.2f}")
+    kept = 'kept: agreement {:.3f} → {:.3f}, effective clusters {:.2f} → {:.2f}'.format(
+        *(health[key] for key in ('agreement', 'effective_clusters') for health in (before, after)))
+    return StageResult(history, not why, f'not kept: {why}' if why else kept)
 
-# %% ../nbs/09_scan.ipynb #81bf25ce
-def scan_step(
-    model: ClusteringModel,      # in training mode
-    images: Tensor,              # N×C×H×W, anywhere
-    neighbors: Tensor,           # N×K int64, on the device of the indices
-    augment,                     # views: module of (images, generator)
-    entropy_weight: float,       # λ
-    generator: torch.Generator,  # draws partners and views
-):                               # function(indices) -> losses, for `train`
-    "One step of SCAN: a view of each anchor, a view of one of its neighbors, and the sum of the heads' losses."
+# %% ../nbs/09_scan.ipynb #7ab05b09
+def _scan_step(model, images, neighbors, augment, entropy_weight, generator):
+    "One step of SCAN for `train`: the sum of the heads' losses."
     def step(indices):
         both = torch.cat([indices, random_partners(neighbors, indices, generator)])
         views = augment(take(images, both), generator)
@@ -275,31 +291,26 @@ def scan_step(
         return dict(loss=loss.total.sum(), consistency=loss.consistency.mean(), entropy=loss.entropy.mean())
     return step
 
-# %% ../nbs/09_scan.ipynb #29e4d225
+# %% ../nbs/09_scan.ipynb #40c2fd25
 def train_scan(
     model: ClusteringModel,        # trained in place, on its device
     images: Tensor,                # N×C×H×W, anywhere
     neighbors: Tensor,             # N×K int64
-    augment,                       # views: module of (images, generator)
+    augment: Callable,             # (images, generator) -> a view of each
     *, epochs: int = 50,           # passes over the data
     batch_size: int = 128,         # anchors per update; several times the number of clusters
-    lr: float = 1e-4,              # of Adam, constant
+    lr: float = 1e-4,              # of Adam, falling along a cosine (constant in the paper)
     weight_decay: float = 1e-4,    # of Adam
     entropy_weight: float = 5.,    # λ
     seed: int = 0,                 # of batches, partners and views
-    monitor=None,                  # function(epoch) -> dict, added to each row
-    checkpoint: Checkpoint|None = None,  # continued from, written after each epoch
-    progress: str|None = None,     # label of a progress bar
+    **options,                     # monitor, checkpoint, progress: see `train_checked`
 ) -> StageResult:
     "The clustering step on the whole network (SCAN, section 2.2). Raises UserError for foreign neighbors."
     check_neighbors(images, neighbors, model.cluster_head.weight.shape[-1])
-    device = next(model.parameters()).device
-    there, generator = neighbors.to(device), make_generator(seed, device)
+    device, neighbors = next(model.parameters()).device, neighbors.cpu()
+    generator = make_generator(seed, device)
     optimizer = torch.optim.Adam(model.parameters(), lr, weight_decay=weight_decay)
-    health = lambda: clustering_health(logits_of(model, images), neighbors, entropy_weight)
-    old, before = copy.deepcopy(model.state_dict()), health()
-    history = train(scan_step(model.train(), images, there, augment, entropy_weight, generator), len(images),
-                    optimizer, epochs=epochs, batch_size=batch_size, generator=generator, modules=[model],
-                    monitor=lambda epoch: health() | (monitor(epoch) if monitor else {}),
-                    checkpoint=checkpoint, progress=progress)
-    return keep_or_restore(model.eval(), old, before, history)
+    schedule = CosineSchedule(optimizer, epochs*steps_per_epoch(len(images), batch_size))
+    step = _scan_step(model.train(), images, neighbors.to(device), augment, entropy_weight, generator)
+    return train_checked(model, step, images, neighbors, optimizer, epochs=epochs, batch_size=batch_size,
+                         generator=generator, schedule=schedule, **options)

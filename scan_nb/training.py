@@ -287,13 +287,13 @@ def load_run(
     except (KeyError, ValueError, TypeError, RuntimeError) as e:
         raise run.checkpoint.unusable(f"belongs to another run ({' '.join(str(e).split())[:200]})") from e
 
-# %% ../nbs/03_training.ipynb #c73b99fd
+# %% ../nbs/03_training.ipynb #aede8f49
 def epochs_left(
     run: Run,        # its history tells what is done
     epochs: int,     # epochs in all
     label: str|None = None, # of the progress bar; None: silent
 ) -> Iterator[int]:  # the numbers of the epochs to do, from 1
-    "The epochs to do, until a row says stop, under one bar. Raises UserError when more are done than asked for."
+    "The epochs to do, until a row says stop. Raises UserError when more are done than asked for."
     done, steps = len(run.history), steps_per_epoch(**run.setup)
     if done > epochs: raise run.checkpoint.unusable(f'holds {done} epochs, but only {epochs} are asked for')
     run.bar = Progress(label, epochs*steps, done*steps)
@@ -317,7 +317,7 @@ def finish_epoch(
     run.bar.epoch(row)
     save_run(run)
 
-# %% ../nbs/03_training.ipynb #37562ff7
+# %% ../nbs/03_training.ipynb #5345e9a1
 def train(
     step: Callable,             # function(indices) -> dict of scalar tensors with 'loss', or None to skip
     n: int,                     # images; indices run from 0 to n-1, on the generator's device
@@ -327,7 +327,7 @@ def train(
     generator: torch.Generator, # of the order of the images, and of whatever `step` draws
     schedule: CosineSchedule|None = None, # learning rate of each update
     modules: Iterable = (),     # all that has a state: networks, averages; their modes stay as they are
-    monitor: Callable|None = None, # function(epoch) -> dict after each epoch, in eval mode; a 'stop' in it ends the run
+    monitor: Callable|None = None, # function(epoch) -> dict, in eval mode; a 'stop' in it ends the run
     checkpoint: Checkpoint|None = None, # continued from if its file exists; written after each epoch
     progress: str|None = None,  # label of a progress bar; None: silent
 ) -> list[dict]:                # a row per epoch: epoch (from 1), lr, mean of each value, what `monitor` gave

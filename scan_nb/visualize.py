@@ -6,13 +6,16 @@
 __all__ = ['STYLE', 'PALETTE', 'set_style', 'cluster_color', 'pick_examples', 'show_clusters', 'prototypes', 'show_neighbors',
            'plot_confusion', 'embed_2d', 'plot_embedding', 'plot_history']
 
-# %% ../nbs/05_visualize.ipynb #206fedd7
+# %% ../nbs/05_visualize.ipynb #9963d68a
 import math
+from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .data import ImageSet, UserError, image_grid, to_uint8
+from .evaluate import Array
+if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% ../nbs/05_visualize.ipynb #21f56be5
 STYLE = {
@@ -61,19 +64,19 @@ def pick_examples(
     if confidence is None: return members[_spread(len(members), count)]
     return members[confidence[members].argsort(descending=True, stable=True)[:count]]
 
-# %% ../nbs/05_visualize.ipynb #a9e41e42
+# %% ../nbs/05_visualize.ipynb #647509b7
 def _axes(
-    ax,             # matplotlib Axes, or None
+    ax: 'Axes',  # matplotlib Axes, or None
     width: float,   # inches of a new figure
     height: float,  # inches of a new figure
-):                  # matplotlib Axes
+) -> 'Axes':  # matplotlib Axes
     "The axes given, else those of a new figure."
     import matplotlib.pyplot as plt
     return plt.subplots(figsize=(width, height), layout='constrained')[1] if ax is None else ax
 
-# %% ../nbs/05_visualize.ipynb #1f690602
+# %% ../nbs/05_visualize.ipynb #dd5360bb
 def _bare(
-    ax,  # matplotlib Axes
+    ax: 'Axes', # matplotlib Axes
 ):       # the same, without ticks, grid and spines
     "Axes for a picture, where the usual frame would only distract."
     ax.set(xticks=[], yticks=[])
@@ -82,11 +85,11 @@ def _bare(
     ax.spines[:].set_visible(False)
     return ax
 
-# %% ../nbs/05_visualize.ipynb #f2240c3d
+# %% ../nbs/05_visualize.ipynb #5bf61811
 def _draw_tiles(
     tiles: Tensor,  # RP×C×H×W uint8
     columns: int,   # P
-    ax,             # matplotlib Axes
+    ax: 'Axes',  # matplotlib Axes
 ):                  # the same
     "One picture of all tiles, in units of a tile with its gap."
     h, w = tiles.shape[2:]
@@ -97,13 +100,13 @@ def _draw_tiles(
     ax.set_aspect((h + gap) / (w + gap))
     return ax
 
-# %% ../nbs/05_visualize.ipynb #a0035ec8
+# %% ../nbs/05_visualize.ipynb #151ba2d6
 def _show_rows(
-    images,         # ImageSet, or N×C×H×W tensor, uint8 or float in [0, 1]
+    images: ImageSet | Tensor,  # ImageSet, or N×C×H×W tensor, uint8 or float in [0, 1]
     index: Tensor,  # R×P int64: which image stands where, -1 = white
     names: list,    # R names, written at the left
-    ax=None,        # matplotlib Axes, None: a new figure
-):                  # matplotlib Axes; tile (r, p) begins at x = p, y = r, the next one 1 further
+    ax: 'Axes | None' = None,  # matplotlib Axes, None: a new figure
+) -> 'Axes':  # matplotlib Axes; tile (r, p) begins at x = p, y = r, the next one 1 further
     "Named rows of images, drawn as one picture."
     x = images.images if isinstance(images, ImageSet) else images
     tiles = to_uint8(x[index.flatten().clamp(min=0)])
@@ -114,15 +117,15 @@ def _show_rows(
     ax.set_yticks(np.arange(rows) + .45, names)
     return _draw_tiles(tiles, columns, ax)
 
-# %% ../nbs/05_visualize.ipynb #bbff5f8a
+# %% ../nbs/05_visualize.ipynb #798b5ecd
 def show_clusters(
-    images,                 # ImageSet, or N×C×H×W tensor, uint8 or float in [0, 1]
-    clusters,               # N cluster numbers, 0 ≤ cluster < K
-    confidence=None,        # N floats: show the most confident of each; None: evenly spaced ones
+    images: ImageSet | Tensor,  # ImageSet, or N×C×H×W tensor, uint8 or float in [0, 1]
+    clusters: Array,  # N cluster numbers, 0 ≤ cluster < K
+    confidence: Array | None = None,  # N floats: show the most confident of each; None: evenly spaced ones
     per_cluster: int = 10,  # images shown of each cluster
-    names=None,             # K names, None: 'cluster 0', 'cluster 1', …
-    ax=None,                # matplotlib Axes, None: a new figure
-):                          # matplotlib Axes
+    names: list | None = None,  # K names, None: 'cluster 0', 'cluster 1', …
+    ax: 'Axes | None' = None,  # matplotlib Axes, None: a new figure
+) -> 'Axes':  # matplotlib Axes
     "Contact sheet: one row per cluster, with its name and size."
     clusters = torch.as_tensor(clusters).cpu()
     confidence = None if confidence is None else torch.as_tensor(confidence).cpu()
@@ -152,12 +155,12 @@ def prototypes(
             found[k] = members[(z - z.mean(0)).norm(dim=1).argmin()]
     return found
 
-# %% ../nbs/05_visualize.ipynb #62f0ae6b
+# %% ../nbs/05_visualize.ipynb #68521468
 def _frame_others(
     labels: Tensor,   # N int64, -1 = unknown
     anchors: Tensor,  # M int64
     near: Tensor,     # M×k int64
-    ax,               # matplotlib Axes of `show_neighbors`
+    ax: 'Axes',  # matplotlib Axes of `show_neighbors`
 ) -> None:
     "Frame the neighbors whose label differs from the anchor's, and count them in the title."
     from matplotlib.patches import Rectangle
@@ -167,15 +170,15 @@ def _frame_others(
         ax.add_patch(Rectangle((column + 1.98, row - .02), .95, .95, fill=False, color=PALETTE[3], lw=3))
     ax.set_title(f'{int(other.sum())} of {int(known.sum())} neighbors belong to another class (framed)')
 
-# %% ../nbs/05_visualize.ipynb #4cff63df
+# %% ../nbs/05_visualize.ipynb #f296f0aa
 def show_neighbors(
-    images,             # ImageSet, or N×C×H×W tensor, uint8 or float in [0, 1]
+    images: ImageSet | Tensor,  # ImageSet, or N×C×H×W tensor, uint8 or float in [0, 1]
     neighbors: Tensor,  # N×k int64, nearest first
-    anchors=8,          # how many images to show the neighbors of (evenly spaced), or their M indices
+    anchors: int | Array = 8,  # how many images to show the neighbors of (evenly spaced), or their M indices
     count: int = 10,    # neighbors shown of each
-    labels=None,        # N class numbers, -1 = unknown: neighbors of another class get a frame
-    ax=None,            # matplotlib Axes, None: a new figure
-):                      # matplotlib Axes
+    labels: Array | None = None,  # N class numbers, -1 = unknown: neighbors of another class get a frame
+    ax: 'Axes | None' = None,  # matplotlib Axes, None: a new figure
+) -> 'Axes':  # matplotlib Axes
     "Each row: an image, then its nearest neighbors."
     anchors = _spread(len(images), anchors) if isinstance(anchors, int) else torch.as_tensor(anchors).long()
     near = torch.as_tensor(neighbors).cpu()[anchors, :count]
@@ -185,12 +188,12 @@ def show_neighbors(
     if labels is not None: _frame_others(torch.as_tensor(labels).cpu(), anchors, near, ax)
     return ax
 
-# %% ../nbs/05_visualize.ipynb #b9f35580
+# %% ../nbs/05_visualize.ipynb #0f3c44f4
 def _write_cells(
     share: Tensor,  # C×K in 0…1
-    order,          # K numbers of the columns, or None
-    classes,        # C names of the rows, or None
-    ax,             # matplotlib Axes of `plot_confusion`
+    order: Array,  # K numbers of the columns, or None
+    classes: list,  # C names of the rows, or None
+    ax: 'Axes',  # matplotlib Axes of `plot_confusion`
 ) -> None:
     "Name rows and columns, and write each share of at least half a percent into its cell."
     ax.set_xticks(range(share.shape[1]), None if order is None else torch.as_tensor(order).tolist())
@@ -200,13 +203,13 @@ def _write_cells(
         color = 'white' if value > .5 else '#333333'
         ax.text(column, row, f'{100 * value:.0f}', ha='center', va='center', fontsize=11, color=color)
 
-# %% ../nbs/05_visualize.ipynb #e8698e16
+# %% ../nbs/05_visualize.ipynb #26fdaa40
 def plot_confusion(
     matrix: Tensor,  # C×K counts: classes × clusters, see `scan_nb.evaluate.confusion`
-    order=None,      # K cluster numbers: which cluster each column is; None: 0…K-1
-    classes=None,    # C names of the classes, None: their numbers
-    ax=None,         # matplotlib Axes, None: a new figure
-):                   # matplotlib Axes
+    order: Array | None = None,  # K cluster numbers: which cluster each column is; None: 0…K-1
+    classes: list | None = None,  # C names of the classes, None: their numbers
+    ax: 'Axes | None' = None,  # matplotlib Axes, None: a new figure
+) -> 'Axes':  # matplotlib Axes
     "Where the images of each class went, in percent of the class; beyond 900 cells only as colors."
     n_classes, n_clusters = matrix.shape
     small = matrix.numel() <= 900
@@ -241,9 +244,9 @@ def _tsne(
     tsne = TSNE(perplexity=min(30, (len(x) - 1) / 3), init=start.numpy(), random_state=seed, max_iter=500)
     with threadpool_limits(1): return torch.from_numpy(tsne.fit_transform(x.numpy()))
 
-# %% ../nbs/05_visualize.ipynb #5ae7084b
+# %% ../nbs/05_visualize.ipynb #db98d7dd
 def embed_2d(
-    embeddings,               # N×D embeddings, or N×C×H×W images (their pixels)
+    embeddings: Array, # N×D embeddings, or N×C×H×W images (their pixels)
     seed: int = 0,            # of both methods
     method: str | None = None # 'pca', 'tsne' or None: t-SNE up to 5,000 points, PCA beyond
 ) -> Tensor:                  # N×2 float32
@@ -256,25 +259,25 @@ def embed_2d(
     if method == 'pca' or method is None and len(x) > 5000 or len(x) < 5: return start
     return _tsne(_principal(x, 50, seed) if x.shape[1] > 50 else x, start / start[:, 0].std() * 1e-4, seed)
 
-# %% ../nbs/05_visualize.ipynb #9498fd4a
+# %% ../nbs/05_visualize.ipynb #859c5702
 def _name_point(
     point: list,   # x and y
     name: str,     # the text
     cluster: int,  # gives the color of the frame
-    ax,            # matplotlib Axes
+    ax: 'Axes',  # matplotlib Axes
 ) -> None:
     "Write a name at a point, in a white box framed in the cluster's color."
     box = dict(boxstyle='round,pad=.25', facecolor='white', edgecolor=cluster_color(cluster), alpha=.9, lw=2)
     ax.text(*point, name, ha='center', va='center', fontsize=11, bbox=box)
 
-# %% ../nbs/05_visualize.ipynb #3d4dc8dd
+# %% ../nbs/05_visualize.ipynb #e89feca4
 def plot_embedding(
-    points,         # N×2 map, or N×D embeddings (mapped by `embed_2d`)
-    clusters,       # N cluster or class numbers, -1 = unknown (gray)
-    names=None,     # K names, None: the numbers
+    points: Array,  # N×2 map, or N×D embeddings (mapped by `embed_2d`)
+    clusters: Array,  # N cluster or class numbers, -1 = unknown (gray)
+    names: list | None = None,  # K names, None: the numbers
     seed: int = 0,  # of `embed_2d`
-    ax=None,        # matplotlib Axes, None: a new figure
-):                  # matplotlib Axes
+    ax: 'Axes | None' = None,  # matplotlib Axes, None: a new figure
+) -> 'Axes':  # matplotlib Axes
     "Scatter of a map, one color per cluster, each named at its median (if there are at most 60)."
     points, clusters = torch.as_tensor(points).cpu(), torch.as_tensor(clusters).cpu()
     points = points if points.ndim == 2 and points.shape[1] == 2 else embed_2d(points, seed)
@@ -287,11 +290,11 @@ def plot_embedding(
         _name_point(middle, str(k if names is None else names[k]), k, ax)
     return ax
 
-# %% ../nbs/05_visualize.ipynb #298d3aa1
+# %% ../nbs/05_visualize.ipynb #d8a452ad
 def _plot_curve(
     history: list,  # one dict per epoch
     key: str,       # the number to draw; rows without it are left out
-    ax,             # matplotlib Axes
+    ax: 'Axes',  # matplotlib Axes
 ) -> None:
     "One number over the epochs, its last value in the title."
     rows = [(row.get('epoch', i), row[key]) for i, row in enumerate(history) if row.get(key) is not None]
@@ -300,10 +303,10 @@ def _plot_curve(
     ax.set_title(f'{rows[-1][1]:.3g}', loc='right', fontsize=12, color=PALETTE[0])
     ax.xaxis.get_major_locator().set_params(integer=True)
 
-# %% ../nbs/05_visualize.ipynb #75925360
+# %% ../nbs/05_visualize.ipynb #eaa1bafe
 def plot_history(
     history: list,     # one dict of numbers per epoch, as `scan_nb.training.train` returns
-    keys=None,         # names of the curves, None: every number but the epoch
+    keys: list | None = None,  # names of the curves, None: every number but the epoch
     columns: int = 4,  # panels side by side
 ) -> list:             # matplotlib Axes, one per key
     "One small panel per number, each with its own scale. Raises UserError when there is no such number."

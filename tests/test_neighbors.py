@@ -162,7 +162,7 @@ def test_an_approximate_index_never_gives_the_image_itself(index):
 def test_the_image_itself_is_dropped_wherever_it_stands():
     found = torch.tensor([[0, 1, 2], [2, 0, 3], [3, 1, 2]])
     assert neighbors._drop_itself(found).tolist() == [[1, 2], [2, 0], [3, 1]]
-    with pytest.raises(UserError, match='fewer than 2 neighbors: use the exact'):
+    with pytest.raises(UserError, match='fewer than 2 neighbors: use exact'):
         neighbors._drop_itself(torch.tensor([[0, 1, -1], [1, 0, 2]]))
 
 @pytest.mark.parametrize('index', ['flat', 'IVF', '', None])
@@ -242,7 +242,7 @@ def test_temperature_goes_from_the_nearest_to_the_majority():
     (dict(temperature=0), 'temperature must be above 0'), (dict(temperature=-1.), 'temperature must be above 0'),
     (dict(train_labels=torch.zeros(19)), '20 embeddings need 20 labels'),
     (dict(train_labels=torch.full((20,), -1)), 'needs a label from 0 up'),
-    (dict(embeddings=normal(4, 5)), 'of 5 and 3 numbers')])
+    (dict(embeddings=normal(4, 5)), 'of 5 and 3 numbers: they must be of one model')])
 def test_impossible_votes(change, message):
     arguments = dict(train_embeddings=normal(20, 3), train_labels=torch.zeros(20, dtype=torch.int64), k=5)
     with pytest.raises(UserError, match=message): weighted_knn(**{**arguments, **change})
