@@ -32,7 +32,7 @@ def _read_setting(
     name, dot, part = name.partition('.')
     return {name: {part: value} if dot else value}
 
-# %% ../nbs/13_cli.ipynb #9e31cfaa
+# %% ../nbs/13_cli.ipynb #d80c6e4e
 def _settings(
     args: argparse.Namespace,  # of `scan-nb run`
     preset: str,               # name of a preset
@@ -44,10 +44,12 @@ def _settings(
                    size=args.size, out=args.out or Path('runs', Path(args.source).resolve().name))
     settings = PRESETS[preset] | {k: v for k, v in options.items() if v is not None}
     no_flip = [dict(views=dict(flip_p=0)), dict(strong=dict(flip_p=0))] if args.no_flip else []
+    if settings.get('strong') is False: no_flip = no_flip[:1]
     for changed in [*no_flip, *map(_read_setting, args.set)]:
         for name, value in changed.items():
             if name not in SCAN().get_params(): raise UserError(f"There is no setting '{name}', see SCAN.")
-            settings[name] = (settings.get(name) or {}) | value if isinstance(value, dict) else value
+            old = settings.get(name)
+            settings[name] = (old if isinstance(old, dict) else {}) | value if isinstance(value, dict) else value
     return settings
 
 # %% ../nbs/13_cli.ipynb #daee33e9
@@ -63,7 +65,7 @@ def _print_scores(
         for name, cells in rows:
             print(name.ljust(first), *(x.rjust(max(5, len(c))) for x, c in zip(cells, table['columns'])))
 
-# %% ../nbs/13_cli.ipynb #ba5631c6
+# %% ../nbs/13_cli.ipynb #6646f75f
 def _run(
     args: argparse.Namespace,  # source and options
 ) -> None:
@@ -72,9 +74,9 @@ def _run(
     source, test, preset = _load_source(args.source)
     scan = SCAN(**_settings(args, preset), progress=True).fit(source, test=test)
     metrics = scan.metrics_
-    for note in metrics['notes']: print(f'Note: {note}', file=sys.stderr)
     print(f"{scan.n_clusters} clusters of {len(scan.labels_):,} images")
     _print_scores(metrics)
+    for note in metrics['notes']: print(f'Note: {note}')
     print(f"Clusters: {Path(scan.out)/'clusters.csv'}\nReport:   {Path(scan.out)/'report.html'}")
 
 # %% ../nbs/13_cli.ipynb #8c295bd5

@@ -27,7 +27,7 @@ def embed(
     with evaluating(model), autocast(device):
         return torch.cat([features(x.to(device)).float().cpu() for x in images.split(batch_size)])
 
-# %% ../nbs/08_neighbors.ipynb #bc9bd4db
+# %% ../nbs/08_neighbors.ipynb #cc0b1bff
 def unit_rows(
     x: Tensor,  # N×D numbers of any size
 ) -> Tensor:    # N×D float32: rows of length one; a row of zeros stays
@@ -37,47 +37,49 @@ def unit_rows(
         raise UserError(f'Embeddings must be N×D, one row per image, but their shape is {tuple(x.shape)}.')
     x = x if x.dtype == torch.float64 else x.float()
     largest = x.abs().amax(1, keepdim=True)
-    if not largest.isfinite().all(): raise UserError('Embeddings must be finite, but some are NaN or infinite.')
+    if not largest.isfinite().all(): raise UserError('Embeddings must be finite: some are NaN or infinite.')
     return F.normalize((x/largest.clamp_min(torch.finfo(x.dtype).tiny)).float())
 
 # %% ../nbs/08_neighbors.ipynb #e1272b21
 BLOCK = 2**26   # cosines held at a time: 256 MB of float32
 
-# %% ../nbs/08_neighbors.ipynb #1f6119d5
+# %% ../nbs/08_neighbors.ipynb #66034c19
 def cosine_blocks(
     queries: Tensor,  # M×D unit vectors
     keys: Tensor,     # N×D unit vectors
     same: bool,       # both are the same images: nobody is a neighbor of himself
 ) -> Iterator[Tensor]: # b×N float32, one block of rows after the other; -∞ for an image with itself
-    "All cosines, about `BLOCK` of them at a time."
-    rows = max(1, BLOCK//len(keys))
+    "All cosines, about `BLOCK` of them at a time. Raises UserError when the rows differ in length."
+    (_, d), (n, d_keys) = queries.shape, keys.shape
+    if d != d_keys: raise UserError(f'Embeddings of {d} and {d_keys} numbers: they must be of one model.')
+    rows = max(1, BLOCK//n)
     for start in range(0, len(queries), rows):
         cosine = queries[start:start + rows] @ keys.T
         if same: cosine[:, start:].fill_diagonal_(-torch.inf)
         yield cosine
 
-# %% ../nbs/08_neighbors.ipynb #0f965637
+# %% ../nbs/08_neighbors.ipynb #65dd6b9a
 def _check_k(
     k: int,  # neighbors asked for
     n: int,  # images that can be one
 ) -> None:
     "Raises UserError unless 1 ≤ k ≤ n."
-    if not 1 <= k <= n: raise UserError(f'{k} neighbors are asked for, but an image can have 1 to {n}: choose another k.')
+    if not 1 <= k <= n: raise UserError(f'{k} neighbors are asked for, but an image can have 1 to {n}.')
 
-# %% ../nbs/08_neighbors.ipynb #9f1f5761
+# %% ../nbs/08_neighbors.ipynb #c0c8b795
 @torch.no_grad()
 def mine_neighbors(
     embeddings: Tensor,    # N×D, any norm; compared by cosine, on their device
     k: int = 20,           # neighbors per image, 1 ≤ k < N
-    index: str = 'exact',  # 'exact', or faiss's 'ivf' or 'hnsw' on the CPU: most neighbors, beyond a million images
+    index: str = 'exact',  # 'exact'; beyond a million images also 'ivf' or 'hnsw' (faiss, CPU)
 ) -> Tensor:               # N×k int64 on the same device, nearest first, never the image itself
-    "Cosine nearest neighbors (SCAN, section 2.1). Raises UserError for a k or embeddings that can't be."
+    "Cosine nearest neighbors (SCAN, section 2.2). Raises UserError for a k or embeddings that can't be."
     z = unit_rows(embeddings)
     _check_k(k, len(z) - 1)
     if index != 'exact': return _approximate_neighbors(z, k, index)
     return torch.cat([cosine.topk(k).indices for cosine in cosine_blocks(z, z, same=True)])
 
-# %% ../nbs/08_neighbors.ipynb #3c742e97
+# %% ../nbs/08_neighbors.ipynb #0557dd91
 def neighbor_accuracy(
     neighbors: Tensor,  # N×k int64
     labels: Tensor,     # N int64, -1 = unknown: pairs with one of these are left out
@@ -86,8 +88,23 @@ def neighbor_accuracy(
     neighbors, labels = neighbors.cpu(), torch.as_tensor(labels).cpu()
     own, other = labels[:, None].expand_as(neighbors), labels[neighbors]
     known = (own >= 0) & (other >= 0)
-    if not known.any(): raise UserError('No image and neighbor are both labeled, so there is nothing to compare.')
+    if not known.any(): raise UserError('No image and neighbor both have a label: nothing to compare.')
     return (own == other)[known].double().mean().item()
+
+# %% ../nbs/08_neighbors.ipynb #003a8199
+def _check_votes(
+    labels: Tensor,      # of the images that vote
+    n: int,              # number of these images
+    temperature: float,  # of the weights
+) -> Tensor:             # N int64
+    "Labels that can be voted for. Raises UserError when one is missing or negative, or unless τ > 0."
+    labels = torch.as_tensor(labels)
+    if labels.shape != (n,):
+        raise UserError(f'{n} embeddings need {n} labels, not the shape {tuple(labels.shape)}.')
+    if labels.min() < 0:
+        raise UserError('A vote needs a label from 0 up for every training image: leave out the others.')
+    if not temperature > 0: raise UserError(f'The temperature must be above 0, not {temperature}.')
+    return labels.long()
 
 # %% ../nbs/08_neighbors.ipynb #4ce5a0d8
 @torch.no_grad()
@@ -110,29 +127,28 @@ def weighted_knn(
         found.append(votes.argmax(1).cpu())
     return torch.cat(found)
 
-# %% ../nbs/08_neighbors.ipynb #c626533b
-def _check_votes(
-    labels: Tensor,      # of the images that vote
-    n: int,              # number of these images
-    temperature: float,  # of the weights
-) -> Tensor:             # N int64
-    "Labels that can be voted for. Raises UserError when one is missing or negative, or unless τ > 0."
-    labels = torch.as_tensor(labels)
-    if labels.shape != (n,): raise UserError(f'{n} embeddings need {n} labels, not the shape {tuple(labels.shape)}.')
-    if labels.min() < 0: raise UserError('A vote needs a label from 0 up for every training image: leave the others out.')
-    if not temperature > 0: raise UserError(f'The temperature must be above 0, not {temperature}.')
-    return labels.long()
+# %% ../nbs/08_neighbors.ipynb #38c0f499
+def _drop_itself(
+    found: Tensor,  # N×(k+1) int64, each row may hold its own number; -1 = nothing found
+) -> Tensor:        # N×k int64
+    "Without the image itself, else without the last. Raises UserError when too few were found."
+    drop = found == torch.arange(len(found))[:, None]
+    drop[~drop.any(1), -1] = True
+    near = found[~drop].view(len(found), -1)
+    if (near < 0).any(): raise UserError(f'The index found fewer than {near.shape[1]} neighbors: use exact.')
+    return near
 
-# %% ../nbs/08_neighbors.ipynb #967940dc
+# %% ../nbs/08_neighbors.ipynb #6d923325
 def _approximate_neighbors(
     z: Tensor,   # N×D unit vectors
     k: int,      # neighbors per image
-    index: str,  # 'ivf': search 1/16 of 4·√N lists; 'hnsw': walk a graph
+    index: str,  # 'ivf': looks into 1/16 of 4·√N lists (at least 32); 'hnsw': walks a graph
 ) -> Tensor:     # N×k int64 on the device of z, nearest first; a few of the true ones may be missing
     "Nearest neighbors by an index of faiss (Johnson et al. 2017). Raises UserError for an unknown index."
     import faiss
-    n, lists = len(z), max(1, min(int(4*len(z)**.5), len(z)//39))
-    recipes = dict(ivf=(f'IVF{lists},Flat', 'nprobe', -(-lists//16)), hnsw=('HNSW32,Flat', 'efSearch', max(128, 4*k)))
+    lists = max(1, min(int(4*len(z)**.5), len(z)//39))
+    recipes = dict(ivf=(f'IVF{lists},Flat', 'nprobe', max(32, lists//16)),
+                   hnsw=('HNSW32,Flat', 'efSearch', max(128, 4*k)))
     if index not in recipes: raise UserError(f"The index must be 'exact', 'ivf' or 'hnsw', not {index!r}.")
     name, width, value = recipes[index]
     searcher, x = faiss.index_factory(z.shape[1], name, faiss.METRIC_INNER_PRODUCT), z.cpu().numpy()
@@ -140,14 +156,3 @@ def _approximate_neighbors(
     searcher.add(x)
     faiss.ParameterSpace().set_index_parameter(searcher, width, value)
     return _drop_itself(torch.from_numpy(searcher.search(x, k + 1)[1])).to(z.device)
-
-# %% ../nbs/08_neighbors.ipynb #a92fd554
-def _drop_itself(
-    found: Tensor,  # N×(k+1) int64, each row may hold its own number; -1 = nothing found
-) -> Tensor:        # N×k int64
-    "Without the image itself, or without the last where it wasn't found. Raises UserError when too few were found."
-    drop = found == torch.arange(len(found))[:, None]
-    drop[~drop.any(1), -1] = True
-    near = found[~drop].view(len(found), -1)
-    if (near < 0).any(): raise UserError(f'The index found fewer than {near.shape[1]} neighbors: use the exact one.')
-    return near

@@ -8,7 +8,7 @@ __all__ = ['UPDATES', 'EPOCHS', 'PRESETS', 'OPTIONAL', 'LIMITS', 'PretextSetting
            'list_differences', 'read_recipe', 'open_run', 'Job', 'RunningCheckpoint', 'run_stage', 'learn_features',
            'find_neighbors', 'fit_heads', 'fit_network', 'write_clusters', 'run_job', 'grade', 'SCAN']
 
-# %% ../nbs/12_pipeline.ipynb #ae187b97
+# %% ../nbs/12_pipeline.ipynb #d22dbfb1
 import copy, csv, hashlib, io, json, time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from .neighbors import embed, mine_neighbors, neighbor_accuracy, weighted_knn
 from .report import save_examples, write_report
 from .scan import clustering_health, diagnose, logits_of, train_heads, train_scan
 from .selflabel import train_selflabel
-from .simclr import train_simclr
+from .simclr import DIGITS_VIEWS, train_simclr
 from .training import Checkpoint, pick_device, seeded
 from .visualize import embed_2d
 
@@ -43,7 +43,7 @@ class PretextSettings:
     pretext_lr: float = .1             # peak learning rate of SGD
     pretext_decay: float = 1e-4        # weight decay
 
-# %% ../nbs/12_pipeline.ipynb #21ddca53
+# %% ../nbs/12_pipeline.ipynb #9869834d
 @dataclass(kw_only=True, eq=False)
 class ClusterSettings:
     "How clusters are found in the features (SCAN, sections 2.2 and 2.3)."
@@ -51,7 +51,7 @@ class ClusterSettings:
     n_heads: int = 64                    # cluster heads trained side by side; the best one starts SCAN
     heads_epochs: int = 80               # passes over the features
     entropy_weight: float = 5.           # λ: how strongly clusters are kept equal
-    strong: dict | None = None           # settings of StrongAugment; None: its defaults
+    strong: dict | bool = True           # settings of StrongAugment; False: the views of the pretext task
     scan_epochs: int | None = None       # whole network; 0: leave the step out; None: see `auto_epochs`
     scan_batch: int = 128                # anchors per update
     scan_lr: float = 1e-4                # of Adam
@@ -87,13 +87,16 @@ def auto_epochs(
     low, high = EPOCHS[kind][stage]
     return int(min(max(round(UPDATES[kind][stage]*min(batch_size, n)/n), low), high))
 
-# %% ../nbs/12_pipeline.ipynb #6ee9a41c
+# %% ../nbs/12_pipeline.ipynb #daae09be
 PRESETS = {
     'digits': dict(
-        widths=(32, 64, 128), pretext_epochs=50, n_neighbors=5, scan_epochs=5, selflabel_epochs=5,
-        views=dict(scale=(.6, 1.4), ratio=(.8, 1.25), flip_p=0., rotation=15., jitter_p=1., erase=3),
-        strong=dict(flip_p=0., cutout=3)),
-    'fashion-mnist': dict(),
+        widths=(32, 64, 128), pretext_epochs=60, n_neighbors=5, scan_epochs=5, selflabel_epochs=5,
+        views=DIGITS_VIEWS,
+        strong=False),   # eight pixels are too few for the operations of StrongAugment
+    'fashion-mnist': dict(   # clothes are centered silhouettes: little cropping, much light and shade
+        views=dict(scale=(.5, 1.1), ratio=(.95, 1.05), rotation=9., brightness=.6, contrast=.6, jitter_p=1.,
+                   erase=7),
+        temperature=.2, pretext_batch=512, pretext_lr=.2, scan_batch=512, heads_epochs=15),
     'folder': dict(),
 }
 
@@ -115,7 +118,7 @@ def _plain(
     if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
     return value.item() if isinstance(value, (np.generic, Tensor)) else value
 
-# %% ../nbs/12_pipeline.ipynb #a413950e
+# %% ../nbs/12_pipeline.ipynb #ae1ac764
 def _check_number(
     name: str,      # of a setting in LIMITS
     value: object,  # plain
@@ -123,25 +126,27 @@ def _check_number(
     "Raises UserError unless the value is a number of the right kind and size."
     kind, low = LIMITS[name]
     if value is None and name in OPTIONAL: return
-    if isinstance(value, (int, kind)) and not isinstance(value, bool) and low <= value < 2**63: return
+    high = 2**63 if kind is int else float('inf')
+    if isinstance(value, (int, kind)) and not isinstance(value, bool) and low <= value < high: return
     kind = 'whole number' if kind is int else 'number'
     raise UserError(f'{name} is {value!r}: give a {kind} of at least {low}.')
 
-# %% ../nbs/12_pipeline.ipynb #9e518d98
+# %% ../nbs/12_pipeline.ipynb #486fdeba
 def check_settings(
     settings: dict,  # all of a SCAN, plain
 ) -> None:
     "Raises UserError that names the first wrong setting."
     for name in LIMITS: _check_number(name, settings[name])
+    if settings['threshold'] >= 1: raise UserError('threshold is 1 or more: no image can be that certain.')
     known = 'small_resnet', 'resnet18_cifar', 'resnet18_stl', 'resnet50'
     if settings['backbone'] not in known:
         raise UserError(f"There is no backbone {settings['backbone']!r}: choose one of {', '.join(known)}.")
     widths = [1] if settings['widths'] is None else settings['widths']
     if not (isinstance(widths, list) and widths and all(type(w) is int and w > 0 for w in widths)):
         raise UserError(f'widths is {widths!r}: give one or more whole numbers of channels.')
-    for name in ('views', 'strong'):
-        if not isinstance(settings[name], dict | None):
-            raise UserError(f'{name} is {settings[name]!r}: give a dict of settings, or None.')
+    for name, kind in (('views', dict | None), ('strong', dict | bool)):
+        if not isinstance(settings[name], kind):
+            raise UserError(f'{name} is {settings[name]!r}: give a dict of settings, or leave it out.')
 
 # %% ../nbs/12_pipeline.ipynb #10aa06f7
 def check_enough(
@@ -156,7 +161,7 @@ def check_enough(
         raise UserError(f'{n_neighbors} neighbors are asked for, but each of {n} images has only {n - 1}: '
                         'give more images or a smaller n_neighbors.')
 
-# %% ../nbs/12_pipeline.ipynb #aa4c3712
+# %% ../nbs/12_pipeline.ipynb #70db33e6
 def resolve(
     settings: dict,        # plain, checked
     n: int,                # images
@@ -171,7 +176,7 @@ def resolve(
             out[f'{stage}_epochs'] = auto_epochs(stage, n, out[f'{stage}_batch'], device)
     if out['widths'] is None: out['widths'] = [32, 64, 128] if side <= 12 else [32, 64, 128, 256]
     if out['stem_stride'] is None: out['stem_stride'] = 1 if side <= 16 else 2
-    return out | {name: out[name] or {} for name in ('views', 'strong')}
+    return out | dict(views=out['views'] or {}, strong={} if out['strong'] is True else out['strong'])
 
 # %% ../nbs/12_pipeline.ipynb #40258fba
 def _make_backbone(
@@ -478,7 +483,7 @@ def _cluster_stage(
     model.load_state_dict(found['model'])
     job.stages[stage]['splits'] = _measure(job.splits, found['clusters'], found['health'])
 
-# %% ../nbs/12_pipeline.ipynb #06ff8bd7
+# %% ../nbs/12_pipeline.ipynb #1ae28944
 def fit_heads(
     job: Job,                   # its settings say how many
     pretext: ContrastiveModel,  # gives the backbone
@@ -493,12 +498,12 @@ def fit_heads(
             embeddings.to(job.device), neighbors.to(job.device), s['n_clusters'], n_heads=s['n_heads'],
             epochs=s['heads_epochs'], entropy_weight=s['entropy_weight'], seed=s['seed'],
             progress=job.bar('2/4 heads'))
-        model.cluster_head = select_head(found.heads, found.best)
+        with seeded(s['seed']): model.cluster_head = select_head(found.heads, found.best)
         return found.history, True, f"head {found.best} of {s['n_heads']}, chosen without labels"
     _cluster_stage(job, 'heads', model, fit)
     return model
 
-# %% ../nbs/12_pipeline.ipynb #dac4fbe3
+# %% ../nbs/12_pipeline.ipynb #cbc040b7
 def fit_network(
     job: Job,                # its settings count
     stage: str,              # 'scan' or 'selflabel'
@@ -511,9 +516,10 @@ def fit_network(
     trainer, label, options = {
         'scan': (train_scan, '3/4 SCAN', {}),
         'selflabel': (train_selflabel, '4/4 self-labelling', dict(threshold=s['threshold']))}[stage]
-    strong = make_views(StrongAugment, min(job.images.shape[2:]), s['strong'])
+    side, weak = min(job.images.shape[2:]), s['strong'] is False
+    views = make_views(SimCLRAugment if weak else StrongAugment, side, s['views' if weak else 'strong'])
     _cluster_stage(job, stage, model, lambda checkpoint: trainer(
-        model, job.images, neighbors.to(job.device), strong, epochs=s[f'{stage}_epochs'],
+        model, job.images, neighbors.to(job.device), views, epochs=s[f'{stage}_epochs'],
         batch_size=s[f'{stage}_batch'], lr=s[f'{stage}_lr'], entropy_weight=s['entropy_weight'],
         seed=s['seed'], monitor=_accuracy_monitor(job, model), checkpoint=checkpoint, progress=job.bar(label),
         **options))
@@ -550,16 +556,18 @@ def _compare(
     found = run_stage(job, 'compare', work)
     return {k: _measure(splits, v) for k, v in found['clusters'].items()}, found['points'], where
 
-# %% ../nbs/12_pipeline.ipynb #3229a069
+# %% ../nbs/12_pipeline.ipynb #9bfe104d
 def _notes(
     data: ImageSet,  # trained on
     problem: str,    # of `diagnose`
 ) -> list[str]:      # nothing, if all is well
     "What a user should know before trusting the result."
-    if not data.skipped: return [problem]*bool(problem)
-    path, why = data.skipped[0]
-    return [problem]*bool(problem) + [f"{len(data.skipped)} files could not be read and were left out, "
-                                      f"such as '{path}' ({why})."]
+    notes = [problem] if problem else []
+    if data.skipped:
+        n, (path, why) = len(data.skipped), data.skipped[0]
+        notes.append(f"{n} file{'s'*(n > 1)} could not be read and {'were' if n > 1 else 'was'} left out, "
+                     f"such as '{path}' ({why}).")
+    return notes
 
 # %% ../nbs/12_pipeline.ipynb #73fee071
 def _summarize(
@@ -601,7 +609,7 @@ def _write_model(
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     with atomic_write(folder/'model.safetensors') as f: f.write(save(state))
 
-# %% ../nbs/12_pipeline.ipynb #aab144aa
+# %% ../nbs/12_pipeline.ipynb #34d4763c
 def _read_model(
     folder: Path,          # a run folder, or one that `save` wrote
     recipe: dict,          # of `read_recipe`
@@ -613,7 +621,8 @@ def _read_model(
     settings, channels, file = recipe['settings'], recipe['data']['shape'][0], folder/'model.safetensors'
     if not file.is_file(): raise UserError(f"'{folder}' has no model.safetensors: finish the run first.")
     normalize = Normalize([0.]*channels, [1.]*channels)
-    model = ClusteringModel(_make_backbone(settings, channels), settings['n_clusters'], 1, normalize)
+    with seeded(0):
+        model = ClusteringModel(_make_backbone(settings, channels), settings['n_clusters'], 1, normalize)
     try: model.load_state_dict(load(file.read_bytes()))
     except (SafetensorError, RuntimeError) as e:
         raise UserError(f"'{file}' is damaged or belongs to another recipe: put back a good copy.") from e
@@ -693,7 +702,7 @@ def _place(
     if device.type != 'cuda' or data.images.nbytes > torch.cuda.mem_get_info(device)[0]/4: return data
     return replace(data, images=data.images.to(device))
 
-# %% ../nbs/12_pipeline.ipynb #dd366750
+# %% ../nbs/12_pipeline.ipynb #6d48dd00
 def _begin(
     settings: dict,        # of a SCAN, plain
     splits: dict,          # of `_read_splits`
@@ -703,7 +712,7 @@ def _begin(
     data, *held_out = splits.values()
     side, out = min(data.images.shape[2:]), settings['out']
     known = resolve(settings, len(data), side, device)
-    make_views(SimCLRAugment, side, known['views']), make_views(StrongAugment, side, known['strong'])
+    make_views(SimCLRAugment, side, known['views']), make_views(StrongAugment, side, known['strong'] or {})
     recipe = dict(scan_nb=__version__, settings=known, data=fingerprint_images(data))
     if held_out: recipe['data']['test'] = fingerprint_images(held_out[0])
     folder = None if out is None else open_run(out, recipe)
@@ -804,6 +813,14 @@ def _set_params(
         setattr(self, name, value)
     return self
 
+# %% ../nbs/12_pipeline.ipynb #843051e6
+def _tags(
+    self,       # a SCAN
+) -> object:    # sklearn's Tags
+    "What scikit-learn's own pipelines ask of an estimator."
+    from sklearn.base import BaseEstimator, ClusterMixin
+    return type('Clusterer', (ClusterMixin, BaseEstimator), {})().__sklearn_tags__()
+
 # %% ../nbs/12_pipeline.ipynb #19789833
 def _save(
     self,                # a fitted SCAN
@@ -827,14 +844,14 @@ def _load(
     scan.model_, scan.recipe_ = _read_model(folder, recipe, pick_device(device)), recipe
     return scan
 
-# %% ../nbs/12_pipeline.ipynb #db42a6e7
+# %% ../nbs/12_pipeline.ipynb #dc5bd406
 @dataclass(eq=False, repr=False)
 class SCAN(RunSettings, ClusterSettings, PretextSettings):
     "Images to clusters, with scikit-learn's conventions; labels are never asked for (SCAN, figure 2)."
     n_clusters: int = 10   # K, 2 or more, at most the number of images
     fit, predict, predict_proba, transform = _fit, _predict, _predict_proba, _transform
     fit_predict, score, save, load = _fit_predict, _score, _save, classmethod(_load)
-    set_params = _set_params
+    set_params, __sklearn_tags__ = _set_params, _tags
 
     def get_params(self, deep=True): return {f.name: getattr(self, f.name) for f in fields(self)}
 

@@ -118,14 +118,14 @@ def _read_file(
     except OSError: raise
     except Exception as e: raise UserError(f"'{folder/name}' is damaged: delete it, repeat the run.") from e
 
-# %% ../nbs/12a_report.ipynb #c1aa7a8e
+# %% ../nbs/12a_report.ipynb #0aa39a82
 def read_metrics(
     folder: str | Path,  # a finished run folder
 ) -> dict:               # metrics.json
     "All numbers of a run. Raises UserError when it is not finished, or the file is damaged."
-    return _read_file(folder, 'metrics.json', json.loads)
+    return _read_file(folder, 'metrics.json', lambda raw: dict(json.loads(raw)))
 
-# %% ../nbs/12a_report.ipynb #59d3d157
+# %% ../nbs/12a_report.ipynb #45875c0f
 def read_run(
     folder: str | Path,  # a finished run folder
 ) -> dict:               # recipe, metrics, history (rows), examples (arrays)
@@ -133,7 +133,8 @@ def read_run(
     import yaml
     rows = lambda raw: [json.loads(line) for line in raw.splitlines()]
     arrays = lambda raw: dict(np.load(io.BytesIO(raw)))
-    kinds = {'recipe': ('recipe.yml', yaml.safe_load), 'history': ('metrics.jsonl', rows),
+    recipe = lambda raw: dict(yaml.safe_load(raw))
+    kinds = {'recipe': ('recipe.yml', recipe), 'history': ('metrics.jsonl', rows),
              'examples': ('examples.npz', arrays)}
     return {'metrics': read_metrics(folder)} | {k: _read_file(folder, *v) for k, v in kinds.items()}
 
@@ -169,13 +170,14 @@ def _draw_map(
     "The map of embeddings, colored."
     return _png(plot_embedding(points, ids, names).figure)
 
-# %% ../nbs/12a_report.ipynb #997525d6
+# %% ../nbs/12a_report.ipynb #12c61791
 def draw_figures(
     run: dict,   # of `read_run`
 ) -> dict:       # name -> PNG
     "Maps, curves, and with labels the confusion matrix; matplotlib's style outside stays as it is."
     import matplotlib.pyplot as plt
     shown, classes = run['examples'], run['metrics'].get('classes')
+    plt.close(plt.figure())   # starts the backend, whose own settings must outlive the context
     with plt.rc_context():
         set_style()
         plt.rcParams['axes.formatter.useoffset'] = False

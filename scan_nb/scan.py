@@ -196,7 +196,7 @@ def clustering_health(
                 effective_clusters=torch.special.entr(share).sum().exp().item(),
                 confidence=logits.float().softmax(-1).amax(-1).mean().item())
 
-# %% ../nbs/09_scan.ipynb #5e0350e6
+# %% ../nbs/09_scan.ipynb #6764f0b2
 def diagnose(
     health: dict,     # from `clustering_health`
     n_clusters: int,  # C
@@ -204,7 +204,7 @@ def diagnose(
     "Says in a sentence each what looks wrong with a clustering, and what to do."
     used, words = health['effective_clusters'], []
     if used < 1.5: words.append('All images fell into one cluster: raise the entropy weight or the batch.')
-    elif used < .7*n_clusters: words.append(f'Only about {used:.1f} of {n_clusters} clusters are in use: '
+    elif used < .8*n_clusters: words.append(f'Only about {used:.1f} of {n_clusters} clusters are in use: '
                                             'ask for fewer clusters, or raise the entropy weight.')
     if health['agreement'] < .5: words.append('Fewer than half of the neighbors share a cluster: '
                                               'train the pretext task longer, or mine fewer neighbors.')

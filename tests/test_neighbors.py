@@ -1,4 +1,4 @@
-"Neighbors against float64 brute force, scikit-learn and faiss; purity and vote against loops; every wrong input."
+"Neighbors against float64 brute force, scikit-learn and faiss; purity and vote against loops; wrong input."
 import numpy as np
 import pytest
 import torch
@@ -29,16 +29,18 @@ def cosines(x, y=None):
 def check(found, x, k, tolerance=1e-5):
     "Each row: k others, no one twice, nearest first, none nearer left out. Ties may stand in any order."
     cosine, found = cosines(x), found.numpy()
-    assert found.shape == (len(x), k) and found.dtype == np.int64 and 0 <= found.min() and found.max() < len(x)
+    assert found.shape == (len(x), k) and found.dtype == np.int64
+    assert 0 <= found.min() and found.max() < len(x)
     assert not (found == np.arange(len(x))[:, None]).any()
     assert all(len(set(row)) == k for row in found.tolist())
     expected = -np.sort(-cosine, axis=1)[:, :k]
     np.testing.assert_allclose(np.take_along_axis(cosine, found, 1), expected, atol=tolerance, rtol=0)
 
-# ---- neighbors -------------------------------------------------------------------------------------------------------
+# ---- neighbors ---------------------------------------------------------------------------------------------
 
 @settings(deadline=None, max_examples=60)
-@given(n=st.integers(2, 40), d=st.integers(1, 8), share=st.floats(0, 1), seed=st.integers(0, 10**6), block=st.integers(1, 200))
+@given(n=st.integers(2, 40), d=st.integers(1, 8), share=st.floats(0, 1), seed=st.integers(0, 10**6),
+       block=st.integers(1, 200))
 def test_mine_neighbors_is_the_brute_force(n, d, share, seed, block):
     x, k = normal(n, d, seed=seed)*torch.rand(n, 1).exp(), 1+int(share*(n-2))
     with pytest.MonkeyPatch.context() as patch:
@@ -50,7 +52,8 @@ def test_agrees_with_scikit_learn_and_faiss():
     from sklearn.neighbors import NearestNeighbors
     x, k = normal(700, 24), 12
     found = mine_neighbors(x, k)
-    theirs = NearestNeighbors(n_neighbors=k, metric='cosine').fit(x.double().numpy()).kneighbors(return_distance=False)
+    search = NearestNeighbors(n_neighbors=k, metric='cosine').fit(x.double().numpy())
+    theirs = search.kneighbors(return_distance=False)
     assert (found.numpy() == theirs).mean() > .9999
     index = faiss.IndexFlatIP(24)
     index.add(unit_rows(x).numpy())
@@ -86,8 +89,9 @@ def test_zero_rows_have_neighbors_too():
     check(mine_neighbors(x, 6), x, 6)
     check(mine_neighbors(torch.zeros(6, 4), 2), torch.zeros(6, 4), 2)
 
-@pytest.mark.parametrize('dtype, size', [(torch.float32, 1e30), (torch.float32, 1e-30), (torch.float32, 1e-42),
-                                         (torch.float64, 1e300), (torch.float64, 1e-300), (torch.float32, 1e38)])
+@pytest.mark.parametrize('dtype, size', [
+    (torch.float32, 1e30), (torch.float32, 1e-30), (torch.float32, 1e-42), (torch.float32, 1e38),
+    (torch.float64, 1e300), (torch.float64, 1e-300)])
 def test_any_norm(dtype, size):
     x = normal(40, 6).double().clamp(-3, 3)
     scales = torch.logspace(0, 3, 40, dtype=torch.float64)[:, None] if size < 1e38 else 1
@@ -130,7 +134,7 @@ def test_embeddings_must_be_finite(bad):
 def test_embeddings_must_be_rows(shape):
     with pytest.raises(UserError, match='must be N×D'): mine_neighbors(torch.zeros(shape), 3)
 
-# ---- approximate -----------------------------------------------------------------------------------------------------
+# ---- approximate -------------------------------------------------------------------------------------------
 
 def recall(found, exact): return (found[:, :, None] == exact[:, None]).any(1).float().mean().item()
 
@@ -167,9 +171,10 @@ def test_the_image_itself_is_dropped_wherever_it_stands():
 
 @pytest.mark.parametrize('index', ['flat', 'IVF', '', None])
 def test_unknown_index(index):
-    with pytest.raises(UserError, match="must be 'exact', 'ivf' or 'hnsw'"): mine_neighbors(normal(20, 3), 3, index)
+    with pytest.raises(UserError, match="must be 'exact', 'ivf' or 'hnsw'"):
+        mine_neighbors(normal(20, 3), 3, index)
 
-# ---- purity ----------------------------------------------------------------------------------------------------------
+# ---- purity ------------------------------------------------------------------------------------------------
 
 @settings(deadline=None, max_examples=60)
 @given(n=st.integers(2, 20), k=st.integers(1, 5), c=st.integers(1, 4), seed=st.integers(0, 10**6))
@@ -177,7 +182,9 @@ def test_purity_is_the_loop(n, k, c, seed):
     g = torch.Generator().manual_seed(seed)
     near, labels = torch.randint(n, (n, k), generator=g), torch.randint(-1, c, (n,), generator=g)
     pairs = [(labels[i], labels[j]) for i in range(n) for j in near[i] if labels[i] >= 0 and labels[j] >= 0]
-    if pairs: assert abs(neighbor_accuracy(near, labels)-sum(int(a == b) for a, b in pairs)/len(pairs)) < 1e-12
+    if pairs:
+        expected = sum(int(a == b) for a, b in pairs)/len(pairs)
+        assert abs(neighbor_accuracy(near, labels)-expected) < 1e-12
     else:
         with pytest.raises(UserError, match='nothing to compare'): neighbor_accuracy(near, labels)
 
@@ -186,7 +193,7 @@ def test_purity_takes_arrays_and_lists():
     for labels in ([0, 0, 1], np.array([0, 0, 1]), torch.tensor([0, 0, 1], dtype=torch.uint8)):
         assert neighbor_accuracy(near, labels) == pytest.approx(2/3)
 
-# ---- vote ------------------------------------------------------------------------------------------------------------
+# ---- vote --------------------------------------------------------------------------------------------------
 
 def votes(cosine, labels, k, temperature):
     "Each row's votes per class, by loops over float64."
@@ -201,14 +208,15 @@ def check_vote(found, expected):
     np.testing.assert_allclose(best, expected.max(1), rtol=1e-3)
 
 @settings(deadline=None, max_examples=40)
-@given(n=st.integers(3, 30), m=st.integers(1, 9), c=st.integers(1, 5), k=st.integers(1, 8), seed=st.integers(0, 10**6),
-       temperature=st.floats(.05, 5), block=st.integers(1, 200))
+@given(n=st.integers(3, 30), m=st.integers(1, 9), c=st.integers(1, 5), k=st.integers(1, 8),
+       seed=st.integers(0, 10**6), temperature=st.floats(.05, 5), block=st.integers(1, 200))
 def test_vote_is_the_loop(n, m, c, k, seed, temperature, block):
     x, y, k = normal(n, 4, seed=seed), normal(m, 4, seed=seed+1), min(k, n-1)
     labels = torch.randint(c, (n,), generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbors, 'BLOCK', block)
-        by_others, new = weighted_knn(x, labels, k=k, temperature=temperature), weighted_knn(x, labels, y, k, temperature)
+        by_others = weighted_knn(x, labels, k=k, temperature=temperature)
+        new = weighted_knn(x, labels, y, k, temperature)
     assert by_others.shape == (n,) and new.shape == (m,) and new.dtype == torch.int64
     check_vote(by_others, votes(cosines(x), labels.numpy(), k, temperature))
     check_vote(new, votes(cosines(y, x), labels.numpy(), k, temperature))
@@ -217,7 +225,8 @@ def test_vote_agrees_with_scikit_learn():
     from sklearn.neighbors import KNeighborsClassifier
     data = digits()
     x, y = unit_rows(data.images.flatten(1)), data.labels
-    model = KNeighborsClassifier(20, metric='cosine', algorithm='brute', weights=lambda d: np.exp(-d/.07)).fit(x[:1000], y[:1000])
+    model = KNeighborsClassifier(20, metric='cosine', algorithm='brute', weights=lambda d: np.exp(-d/.07))
+    model.fit(x[:1000], y[:1000])
     ours = weighted_knn(x[:1000], y[:1000], x[1000:])
     assert (ours.numpy() == model.predict(x[1000:].numpy())).mean() > .998
     assert (ours == y[1000:]).double().mean() > .95
@@ -227,7 +236,7 @@ def test_leave_one_out_leaves_one_out():
     for i in (0, 11, 24):
         others = torch.arange(25) != i
         assert weighted_knn(x, labels, k=6)[i] == weighted_knn(x[others], labels[others], x[i:i+1], k=6)[0]
-    assert torch.equal(weighted_knn(x, torch.arange(25), x, k=1), torch.arange(25))  # given as new, it finds itself
+    assert torch.equal(weighted_knn(x, torch.arange(25), x, k=1), torch.arange(25))    # as new: itself
     assert not (weighted_knn(x, torch.arange(25), k=1) == torch.arange(25)).any()
 
 def test_temperature_goes_from_the_nearest_to_the_majority():
@@ -239,7 +248,7 @@ def test_temperature_goes_from_the_nearest_to_the_majority():
 @pytest.mark.parametrize('change, message', [
     (dict(k=20), '20 neighbors are asked for, but an image can have 1 to 19'), (dict(k=0), '0 neighbors'),
     (dict(k=21, embeddings=normal(4, 3)), '21 neighbors are asked for, but an image can have 1 to 20'),
-    (dict(temperature=0), 'temperature must be above 0'), (dict(temperature=-1.), 'temperature must be above 0'),
+    (dict(temperature=0), 'temperature must be above 0'), (dict(temperature=-1.), 'must be above 0'),
     (dict(train_labels=torch.zeros(19)), '20 embeddings need 20 labels'),
     (dict(train_labels=torch.full((20,), -1)), 'needs a label from 0 up'),
     (dict(embeddings=normal(4, 5)), 'of 5 and 3 numbers: they must be of one model')])
@@ -247,11 +256,13 @@ def test_impossible_votes(change, message):
     arguments = dict(train_embeddings=normal(20, 3), train_labels=torch.zeros(20, dtype=torch.int64), k=5)
     with pytest.raises(UserError, match=message): weighted_knn(**{**arguments, **change})
 
-# ---- embed -----------------------------------------------------------------------------------------------------------
+# ---- embed -------------------------------------------------------------------------------------------------
 
 IMAGES = digits().images[:70]
 
-@pytest.mark.parametrize('model', [ContrastiveModel(small_resnet(1, (4, 8))), ClusteringModel(small_resnet(1, (4, 8)), 3)])
+def contrastive(): return ContrastiveModel(small_resnet(1, (4, 8)))
+
+@pytest.mark.parametrize('model', [contrastive(), ClusteringModel(small_resnet(1, (4, 8)), 3)])
 def test_embed(model):
     model.train()
     model.backbone.bn1.eval()
@@ -272,11 +283,11 @@ def test_embed_with_any_module():
 
 def test_embed_memory_mapped_images(tmp_path):
     np.save(tmp_path/'x.npy', IMAGES.numpy())
-    mapped, model = torch.from_numpy(np.load(tmp_path/'x.npy', mmap_mode='c')), ContrastiveModel(small_resnet(1, (4, 8)))
+    mapped, model = torch.from_numpy(np.load(tmp_path/'x.npy', mmap_mode='c')), contrastive()
     assert torch.equal(embed(model, mapped, 32), embed(model, IMAGES, 32))
 
 def test_embed_nothing():
-    with pytest.raises(UserError, match='no image'): embed(ContrastiveModel(small_resnet(1, (4, 8))), IMAGES[:0])
+    with pytest.raises(UserError, match='no image'): embed(contrastive(), IMAGES[:0])
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
 def test_on_cuda():
@@ -287,5 +298,5 @@ def test_on_cuda():
     labels = torch.arange(500) % 4
     assert (weighted_knn(x.cuda(), labels) == weighted_knn(x, labels)).float().mean() > .99
     assert 0 <= neighbor_accuracy(found, labels) <= 1
-    features = embed(ContrastiveModel(small_resnet(1, (4, 8))).cuda(), IMAGES)
+    features = embed(contrastive().cuda(), IMAGES)
     assert features.device.type == 'cpu' and features.dtype == torch.float32
