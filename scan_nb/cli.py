@@ -32,7 +32,7 @@ def _read_setting(
     name, dot, part = name.partition('.')
     return {name: {part: value} if dot else value}
 
-# %% ../nbs/13_cli.ipynb #d80c6e4e
+# %% ../nbs/13_cli.ipynb #801325fd
 def _settings(
     args: argparse.Namespace,  # of `scan-nb run`
     preset: str,               # name of a preset
@@ -48,8 +48,8 @@ def _settings(
     for changed in [*no_flip, *map(_read_setting, args.set)]:
         for name, value in changed.items():
             if name not in SCAN().get_params(): raise UserError(f"There is no setting '{name}', see SCAN.")
-            old = settings.get(name)
-            settings[name] = (old if isinstance(old, dict) else {}) | value if isinstance(value, dict) else value
+            both = isinstance(value, dict) and isinstance(settings.get(name), dict)
+            settings[name] = settings[name] | value if both else value
     return settings
 
 # %% ../nbs/13_cli.ipynb #daee33e9

@@ -72,7 +72,7 @@ def _selflabel_step(student, ema, images, strong, weak, generator, threshold, ba
         return dict(loss=ce - entropy_weight*entropy, cross_entropy=ce, entropy=entropy)
     return step
 
-# %% ../nbs/10_selflabel.ipynb #863ef9bb
+# %% ../nbs/10_selflabel.ipynb #7b9533ba
 def train_selflabel(
     model: ClusteringModel,        # trained in place, on its device; its first head is used
     images: Tensor,                # N×C×H×W, anywhere
@@ -96,8 +96,9 @@ def train_selflabel(
     ema = EMA(model, ema_decay) if ema_decay is not None else None
     step = _selflabel_step(model.train(), ema, images, strong, weak, generator, threshold, balance,
                            entropy_weight)
+    options = dict(epochs=epochs, batch_size=batch_size, generator=generator, tolerance=.005) | options
     return train_checked(model, step, images, neighbors.cpu(), optimizer, result=ema and ema.model, stop=True,
-                         epochs=epochs, batch_size=batch_size, generator=generator, **options)
+                         **options)
 
 # %% ../nbs/10_selflabel.ipynb #3402bee9
 def _check_settings(model, images, neighbors, threshold, entropy_weight):

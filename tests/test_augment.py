@@ -406,7 +406,8 @@ BAD_BATCHES = [
     (torch.zeros(0, 3, 8, 8), 'not empty'), (torch.zeros(2, 3, 0, 8), 'not empty'),
     (torch.zeros(LIKE, dtype=torch.int64), 'int64'), (torch.zeros(LIKE, dtype=torch.bool), 'bool'),
     (torch.full(LIKE, 1.5), 'outside'), (torch.full(LIKE, -.5), 'outside'),
-    (torch.full(LIKE, 255.), 'outside'), (torch.full(LIKE, math.nan), 'NaN'), (torch.full(LIKE, math.inf), 'outside'),
+    (torch.full(LIKE, 255.), 'outside'), (torch.full(LIKE, math.nan), 'NaN'),
+    (torch.full(LIKE, math.inf), 'outside'),
 ]
 
 @pytest.mark.parametrize('maker', MAKERS.values(), ids=MAKERS)
@@ -420,7 +421,8 @@ BAD_SETTINGS = [
     (WeakAugment, dict(size='8'), 'size'), (StrongAugment, dict(size=0), 'size'),
     *[(SimCLRAugment, dict(size=8, **{name: value}), name) for name, value in [
         ('scale', (0., 1.)), ('scale', (1., .5)), ('scale', .5), ('scale', (.2, math.nan)),
-        ('ratio', (-1., 1.)), ('flip_p', 1.2), ('jitter_p', -1), ('gray_p', math.nan), ('blur_p', 7), ('hue', .6), ('rotation', -5),
+        ('ratio', (-1., 1.)), ('flip_p', 1.2), ('jitter_p', -1), ('gray_p', math.nan), ('blur_p', 7),
+        ('hue', .6), ('rotation', -5),
         ('brightness', -.1), ('contrast', math.inf), ('saturation', -2), ('erase', -1)]],
     *[(WeakAugment, dict(size=8, **{name: value}), name) for name, value in [
         ('scale', (.2, .5, 1)), ('ratio', (2., 1.)), ('flip_p', -.1)]],

@@ -65,7 +65,8 @@ def test_says_where_and_what(pictures, tmp_path, capsys, monkeypatch):
     assert main(['run', str(pictures), *TINY]) == 0
     out, err = capsys.readouterr()
     where = f'runs/{pictures.name}'
-    for name in ('report.html', 'clusters.csv'): assert f'{where}/{name}' in out and Path(where, name).exists()
+    for name in ('report.html', 'clusters.csv'):
+        assert f'{where}/{name}' in out and Path(where, name).exists()
     assert '3 clusters of 60 images' in out and '1 file could not be read' in out and 'broken.png' in out
     assert all(bar in err for bar in ('1/4 SimCLR', '2/4 heads', '3/4 SCAN', '4/4 self-labelling', 'loss='))
     assert 'ACC' not in out

@@ -32,6 +32,8 @@ def outputs(path):
             if o.output_type == 'stream': yield o.name, o.text
             yield from ((k, str(v)) for k, v in o.get('data', {}).items() if not k.startswith('image/'))
 
+EXPORT = {'export', 'exports'}
+
 # -- execution --
 
 @pytest.fixture(scope='session')
@@ -81,8 +83,10 @@ def test_begins_with_title_and_claim(path):
 
 @each_notebook
 def test_cells_are_short(path):
-    lines = [len(re.findall(r'^\s*(?!\s|#\s*\|).', c.source, re.M)) for c in code_cells(path)]
-    assert max(lines) <= 25 and np.percentile(lines, 90) <= 15, f'lines of the longest: {sorted(lines)[-9:]}'
+    "Exported cells may be longer: a signature takes a line per parameter."
+    lines = {c.id: len(re.findall(r'^\s*(?!\s|#\s*\|).', c.source, re.M)) for c in code_cells(path)}
+    lesson = [lines[c.id] for c in code_cells(path) if not directives(c).keys() & EXPORT]
+    assert max(lines.values()) <= 25 and np.percentile(lesson, 90) <= 15, sorted(lines.values())
 
 @each_notebook
 def test_exports_the_module_of_its_name(path):
@@ -105,8 +109,6 @@ def test_imports_only_lower_rooms(path):
     names = {m for c in code_cells(path) for m in imported(tree(c))}
     above = {m for m in names if ROOMS.get(m, here) > here or m == path.stem.partition('_')[2]}
     assert not above, f'room {here} imports {above}'
-
-EXPORT = {'export', 'exports'}
 
 def defined(cell):
     "The public functions, and the public classes and constants, that an exported cell defines."

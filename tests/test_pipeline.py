@@ -110,7 +110,8 @@ def test_predict_is_the_same_for_any_container(whole, data):
 def test_score(whole, data):
     scan = whole[0]
     assert scan.score(data) == cluster_metrics(scan.labels_, data.labels)['acc']
-    for labels in (data.labels, data.labels.numpy()): assert scan.score(data.images, labels) == scan.score(data)
+    for labels in (data.labels, data.labels.numpy()):
+        assert scan.score(data.images, labels) == scan.score(data)
     with pytest.raises(UserError, match='no labels'): scan.score(data.images)
 
 # -- the same again --
@@ -503,7 +504,8 @@ def test_clusters_survive_strange_file_names(paths):
 
 def test_open_run_is_idempotent(tmp_path):
     recipe = dict(scan_nb='1', settings=dict(n_clusters=3, views={}), data=dict(shape=[1, 8, 8]))
-    for r in (recipe, recipe, recipe | dict(scan_nb='2')): assert open_run(tmp_path/'a/b', r) == tmp_path/'a/b'
+    for r in (recipe, recipe, recipe | dict(scan_nb='2')):
+        assert open_run(tmp_path/'a/b', r) == tmp_path/'a/b'
     assert read_recipe(tmp_path/'a/b') == recipe
 
 def test_resolve_leaves_explicit_numbers():

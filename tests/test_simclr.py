@@ -74,7 +74,7 @@ def test_known_values(t):
     axes = torch.eye(8).tolist()
     known = [([[1], [-1]], [[1], [-1]], math.log1p(2*math.exp(-2/t))),         # others opposite
              ([[1], [1]], [[-1], [-1]], 2/t + math.log1p(2*math.exp(-2/t))),   # twins opposite
-             (axes, axes, math.log1p(14*math.exp(-1/t))),                      # twins equal, others orthogonal
+             (axes, axes, math.log1p(14*math.exp(-1/t))),                      # others orthogonal
              ([[1]]*6, [[1]]*6, math.log(11))]                                 # collapse: all the same
     for z1, z2, expected in known: assert math.isclose(loss(z1, z2), expected, rel_tol=1e-12, abs_tol=1e-13)
 
@@ -151,6 +151,8 @@ def test_the_way_to_cuda_is_pinned_and_does_not_wait():
     away = Recorder()
     away.device = torch.device('cuda')                                        # the way back must wait
     assert send(away, torch.device('cpu')).calls == [('cpu', {})]
+    away.calls.clear()
+    assert send(away, torch.device('cuda:1')).calls == [('cuda:1', {})]   # what is there is not pinned
 
 AUGMENT = SimCLRAugment(8, scale=(.6, 1.4), flip_p=0, rotation=15, erase=3)
 
