@@ -6,7 +6,7 @@
 __all__ = ['UPDATES', 'EPOCHS', 'PRESETS', 'OPTIONAL', 'LIMITS', 'PretextSettings', 'ClusterSettings', 'RunSettings',
            'auto_epochs', 'check_settings', 'check_enough', 'resolve', 'make_views', 'fingerprint_images',
            'list_differences', 'read_recipe', 'open_run', 'Job', 'RunningCheckpoint', 'run_stage', 'learn_features',
-           'find_neighbors', 'fit_heads', 'fit_network', 'write_clusters', 'run_job', 'grade', 'SCAN']
+           'find_neighbors', 'fit_heads', 'fit_network', 'write_clusters', 'grade', 'SCAN']
 
 # %% ../nbs/12_pipeline.ipynb #d22dbfb1
 import copy, csv, hashlib, io, json, time
@@ -646,8 +646,8 @@ def _write_results(
     save_examples(job.folder, job.data, embed(model, job.images), first, *points)
     write_report(job.folder)
 
-# %% ../nbs/12_pipeline.ipynb #6491d83a
-def run_job(
+# %% ../nbs/12_pipeline.ipynb #a3c05721
+def _run_job(
     job: Job,  # just begun
 ) -> tuple:    # model, metrics, embeddings, neighbors, clusters of the images trained on
     "The whole way of the data."
@@ -719,7 +719,7 @@ def _begin(
     splits = {name: _place(v, device) for name, v in splits.items()}
     return Job(known, splits, device, folder, settings['progress']), recipe
 
-# %% ../nbs/12_pipeline.ipynb #de49fbe9
+# %% ../nbs/12_pipeline.ipynb #284c5073
 def _fit(
     self,                   # a SCAN
     source: object,         # ImageSet, folder, tensor or array, see `as_image_set`
@@ -731,7 +731,7 @@ def _fit(
     check_settings(settings)
     device = pick_device(settings['device'])
     job, recipe = _begin(settings, _read_splits(settings, source, labels, test), device)
-    self.model_, self.metrics_, *arrays = run_job(job)
+    self.model_, self.metrics_, *arrays = _run_job(job)
     self.embeddings_, self.neighbors_, self.labels_ = (v.numpy() for v in arrays)
     self.recipe_, self.history_, self.stages_ = recipe, job.history, job.stages
     return self

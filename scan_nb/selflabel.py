@@ -56,8 +56,8 @@ class EMA:
             if slow.is_floating_point(): slow.lerp_(new, 1 - self.decay)
             else: slow.copy_(new)
 
-# %% ../nbs/10_selflabel.ipynb #6149e833
-def _selflabel_step(student, ema, images, strong, weak, generator, threshold, balance, entropy_weight):
+# %% ../nbs/10_selflabel.ipynb #aff168d7
+def _step(student, ema, images, strong, weak, generator, threshold, balance, entropy_weight):
     "One step for `train`; None when no image of the batch is confident. The teacher is in eval mode."
     teacher = student if ema is None else ema.model
     def step(indices):
@@ -72,7 +72,7 @@ def _selflabel_step(student, ema, images, strong, weak, generator, threshold, ba
         return dict(loss=ce - entropy_weight*entropy, cross_entropy=ce, entropy=entropy)
     return step
 
-# %% ../nbs/10_selflabel.ipynb #7b9533ba
+# %% ../nbs/10_selflabel.ipynb #a304499f
 def train_selflabel(
     model: ClusteringModel,        # trained in place, on its device; its first head is used
     images: Tensor,                # N×C×H×W, anywhere
@@ -94,8 +94,7 @@ def train_selflabel(
     generator = make_generator(seed, next(model.parameters()).device)
     optimizer = torch.optim.Adam(model.parameters(), lr, weight_decay=1e-4)
     ema = EMA(model, ema_decay) if ema_decay is not None else None
-    step = _selflabel_step(model.train(), ema, images, strong, weak, generator, threshold, balance,
-                           entropy_weight)
+    step = _step(model.train(), ema, images, strong, weak, generator, threshold, balance, entropy_weight)
     options = dict(epochs=epochs, batch_size=batch_size, generator=generator, tolerance=.005) | options
     return train_checked(model, step, images, neighbors.cpu(), optimizer, result=ema and ema.model, stop=True,
                          **options)

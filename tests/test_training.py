@@ -645,5 +645,6 @@ def test_a_row_that_says_stop_ends_the_run_for_good(tmp_path):
         optimizer = torch.optim.SGD(model.parameters(), .1)
         def step(i): return {'loss': model(torch.ones(len(i), 2)).square().mean()}
         return train(step, 8, optimizer, epochs=9, batch_size=4, generator=make_generator(0),
-                     modules=[model], checkpoint=checkpoint, monitor=lambda epoch: {'stop': 'enough'} if epoch == 3 else {})
+                     modules=[model], checkpoint=checkpoint,
+                     monitor=lambda epoch: {'stop': 'enough'} if epoch == 3 else {})
     assert [row['epoch'] for row in fit()] == [1, 2, 3] and fit()[-1]['stop'] == 'enough'
