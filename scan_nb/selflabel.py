@@ -72,7 +72,7 @@ def _step(student, ema, images, strong, weak, generator, threshold, balance, ent
         return dict(loss=ce - entropy_weight*entropy, cross_entropy=ce, entropy=entropy)
     return step
 
-# %% ../nbs/10_selflabel.ipynb #a304499f
+# %% ../nbs/10_selflabel.ipynb #9a703a9c
 def train_selflabel(
     model: ClusteringModel,        # trained in place, on its device; its first head is used
     images: Tensor,                # N×C×H×W, anywhere
@@ -91,13 +91,12 @@ def train_selflabel(
 ) -> StageResult:
     "Self-labelling (SCAN, section 2.3), undone when it does harm. Raises UserError for a wrong setting."
     _check_settings(model, images, neighbors, threshold, entropy_weight)
-    generator = make_generator(seed, next(model.parameters()).device)
+    g = make_generator(seed, next(model.parameters()).device)
     optimizer = torch.optim.Adam(model.parameters(), lr, weight_decay=1e-4)
-    ema = EMA(model, ema_decay) if ema_decay is not None else None
-    step = _step(model.train(), ema, images, strong, weak, generator, threshold, balance, entropy_weight)
-    options = dict(epochs=epochs, batch_size=batch_size, generator=generator, tolerance=.005) | options
-    return train_checked(model, step, images, neighbors.cpu(), optimizer, result=ema and ema.model, stop=True,
-                         **options)
+    ema = None if ema_decay is None else EMA(model, ema_decay)
+    step = _step(model.train(), ema, images, strong, weak, g, threshold, balance, entropy_weight)
+    options = dict(tolerance=.005, epochs=epochs, batch_size=batch_size, generator=g, stop=True) | options
+    return train_checked(model, step, images, neighbors.cpu(), optimizer, result=ema and ema.model, **options)
 
 # %% ../nbs/10_selflabel.ipynb #3402bee9
 def _check_settings(model, images, neighbors, threshold, entropy_weight):
