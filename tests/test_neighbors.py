@@ -277,7 +277,8 @@ def test_embed(model):
 def test_embed_with_any_module():
     class Pixels(nn.Module):
         def forward(self, x): return x.double().flatten(1)
-    assert torch.equal(embed(Pixels(), IMAGES, 16), IMAGES.flatten(1).float())
+    found = embed(Pixels(), IMAGES, 16)
+    assert found.dtype == torch.float32 and torch.equal(found, IMAGES.flatten(1).float())
     linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
     torch.testing.assert_close(embed(linear, IMAGES/255., 16), linear(IMAGES/255.).detach())
 
