@@ -2,7 +2,7 @@
 import csv, io, json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
-import pytest, torch
+import pytest
 from PIL import Image
 from scan_nb import cli, data as data_module, pipeline
 from scan_nb.cli import main
@@ -16,13 +16,7 @@ TINY = ['--device', 'cpu', '--n-clusters', '3', '--epochs', '2', '--set', 'width
         '--set', 'heads_epochs=3', '--set', 'scan_epochs=1', '--set', 'selflabel_epochs=1', '--set',
         'n_neighbors=3']
 
-@pytest.fixture(autouse=True, scope='module')
-def _one_thread():
-    "Nets this small are slower with more."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch, tmp_path): monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'.cache'))

@@ -18,13 +18,7 @@ BACKBONES = [(small_resnet, 8, 256), (small_resnet, 28, 256), (resnet18_cifar, 3
 @pytest.fixture(autouse=True)
 def _seed(): torch.manual_seed(0)
 
-@pytest.fixture(autouse=True, scope='module')
-def _one_thread():
-    "Nets this small are slower with more."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def randomize(module):
     "Batch-norm statistics and affine parameters away from 0 and 1, so that a swapped layer shows."

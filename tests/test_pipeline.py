@@ -21,13 +21,7 @@ TINY = dict(n_clusters=3, widths=(8, 16), pretext_epochs=2, pretext_batch=32, n_
             device='cpu')
 RESULTS = ['clusters.csv', 'metrics.jsonl', 'model.safetensors', 'embeddings.npy', 'recipe.yml']
 
-@pytest.fixture(autouse=True, scope='module')
-def _one_thread():
-    "Nets this small are slower with more."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch):

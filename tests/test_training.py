@@ -15,13 +15,7 @@ from scan_nb.training import (Checkpoint, CosineSchedule, autocast, batches, che
 
 REPO = Path(__file__).parents[1]
 
-@pytest.fixture(autouse=True, scope='module')
-def _one_thread():
-    "Nets this small are slower with more."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def sgd(lr=.1, n=1): return torch.optim.SGD([nn.Parameter(torch.zeros(2)) for _ in range(n)], lr=lr)
 
