@@ -17,6 +17,7 @@ setup(
     long_description=(here/'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path']+'.*']),
+    package_data={cfg['lib_path']: ['configs/*.yml', 'configs/*/*.yml']},
     python_requires='>='+cfg['min_python'],
     install_requires=words('requirements'), extras_require={'dev': words('dev_requirements')},
     entry_points={'console_scripts': words('console_scripts'),

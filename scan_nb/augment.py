@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['STRONG_OPS', 'to_float', 'check_batch', 'warp', 'random_boxes', 'crop_matrix', 'crop', 'luma', 'blend_', 'brightness',
            'contrast', 'color', 'hue_', 'hue', 'jitter_step_', 'color_jitter_', 'gaussian_blur', 'cut_out_',
-           'BatchAugment', 'SimCLRAugment', 'WeakAugment', 'rotate', 'shear_x', 'shear_y', 'translate_x', 'translate_y',
-           'identity', 'autocontrast', 'equalize', 'solarize', 'posterize', 'sharpness', 'StrongAugment', 'Normalize']
+           'disc_mask', 'BatchAugment', 'SimCLRAugment', 'WeakAugment', 'rotate', 'shear_x', 'shear_y', 'translate_x',
+           'translate_y', 'identity', 'autocontrast', 'equalize', 'solarize', 'posterize', 'sharpness', 'StrongAugment',
+           'Normalize']
 
 # %% ../nbs/01_augment.ipynb #34c0aa7b
+import difflib
 import math
 from dataclasses import dataclass
 import torch
@@ -255,6 +257,21 @@ def cut_out_(
         inside.append((away >= 0) & (away < side[:, None]))
     return x.masked_fill_((inside[1][:, :, None] & inside[0][:, None])[:, None], fill)
 
+# %% ../nbs/01_augment.ipynb #afb74c41
+def disc_mask(
+    size: int,  # side of a view in pixels
+) -> Tensor:    # size×size float32: 1 where the center of the pixel lies in the inscribed disc, else 0
+    "The field of view of an all-sky camera."
+    x = torch.arange(size) + .5 - size/2
+    return (x.square() + x[:, None].square() <= size**2/4).float()
+
+# %% ../nbs/01_augment.ipynb #cd25fb3f
+def keep_mask(
+    aug: nn.Module,  # has size and disc
+) -> None:
+    "The mask of a round view, kept with the augmentation; it moves with it and is never saved."
+    aug.register_buffer('mask', disc_mask(aug.size) if aug.disc else None, persistent=False)
+
 # %% ../nbs/01_augment.ipynb #f9200761
 class BatchAugment(nn.Module):
     "Draws settings for every image, then renders the images with them; a subclass says how."
@@ -302,6 +319,7 @@ def check_views(
     for name in ('rotation', 'brightness', 'contrast', 'saturation', 'erase'):
         require(0 <= (v := getattr(aug, name)) < math.inf, f'{name} is {v}: give a number of at least 0')
     require(0 <= aug.hue <= .5, f'hue is {aug.hue}: give at most half a turn, 0 to 0.5')
+    keep_mask(aug)
 
 # %% ../nbs/01_augment.ipynb #e9049a2e
 def draw_views(
@@ -328,7 +346,7 @@ def render_sorted(
     x: Tensor,       # n×C×H×W images in the order of hue_at
     p: dict[str, Tensor],  # settings, one row per image
 ) -> Tensor:         # n×C×size×size
-    "Geometry, then color, then grayscale, blur and the erased square."
+    "Geometry, then color, then grayscale, blur, the erased square and the disc."
     on = lambda v: v.to(x.device)
     x = warp(to_float(x), on(p['matrix']), aug.size, None if aug.rotation else on(p['boxes']))
     color_jitter_(x, p['order'], p['factors'], p['shift'], p['hue_at'])
@@ -336,7 +354,8 @@ def render_sorted(
         x[on(rows)] = luma(x[on(rows)]).expand(-1, 3, -1, -1)
     if len(rows := p['sigma'].nonzero()[:, 0]):
         x[on(rows)] = gaussian_blur(x[on(rows)], on(p['sigma'][rows]), max(1, round(aug.size/20)))
-    return cut_out_(x, on(p['center']), on(p['side']), 0.) if aug.erase else x
+    if aug.erase: cut_out_(x, on(p['center']), on(p['side']), 0.)
+    return x.mul_(on(aug.mask)) if aug.disc else x
 
 # %% ../nbs/01_augment.ipynb #f1470ba6
 def render_views(
@@ -367,6 +386,7 @@ class SimCLRAugment(BatchAugment):
     gray_p: float = .2                       # chance of a gray view
     blur_p: float = 0.                       # chance of a blur of .1 to 2 pixels
     erase: int = 0                           # side in pixels of one erased square; 0: none
+    disc: bool = False                       # black outside the inscribed disc, for all-sky images
     check, draw, render = check_views, draw_views, render_views
 
 # %% ../nbs/01_augment.ipynb #67ef323d
@@ -522,6 +542,17 @@ STRONG_OPS = {  # name: (function of images and magnitudes, (lowest, highest mag
     'translate_x': (translate_x, (-.1, .1)), 'translate_y': (translate_y, (-.1, .1)),
 }
 
+# %% ../nbs/01_augment.ipynb #3c955c16
+def check_ops(
+    ops: tuple|list|None,  # names of operations, None: all
+) -> None:
+    "Raises UserError that names an unknown operation and the closest known one."
+    if ops is None: return
+    require(isinstance(ops, (tuple, list)) and len(ops), f'ops is {ops!r}: give names of STRONG_OPS, or None')
+    for name in ops:
+        near = difflib.get_close_matches(str(name), STRONG_OPS, 1, 0)[0]
+        require(name in STRONG_OPS, f"ops names {name!r}, which does not exist: did you mean '{near}'?")
+
 # %% ../nbs/01_augment.ipynb #07cf8d1f
 def check_strong(
     aug: nn.Module,  # a StrongAugment
@@ -533,6 +564,8 @@ def check_strong(
     require(isinstance(aug.cutout, int) and aug.cutout >= 0, f'cutout is {aug.cutout!r}: give whole pixels')
     require(0 <= aug.flip_p <= 1, f'flip_p is {aug.flip_p}: give a chance in [0, 1]')
     require(0 <= aug.fill <= 1, f'fill is {aug.fill}: give a value in [0, 1]')
+    check_ops(aug.ops)
+    keep_mask(aug)
 
 # %% ../nbs/01_augment.ipynb #7a8f3146
 def draw_strong(
@@ -544,7 +577,8 @@ def draw_strong(
     height, width = x.shape[-2:]
     require(min(height, width) >= aug.size, f'images of {height}×{width} are smaller than size {aug.size}')
     u = uniform(x, 6 + 2*aug.n_ops, generator)
-    ops, amount = (u[:, 6:6 + aug.n_ops]*len(STRONG_OPS)).long(), u[:, 6 + aug.n_ops:]
+    chosen = torch.tensor([[*STRONG_OPS].index(name) for name in aug.ops or STRONG_OPS], device=u.device)
+    ops, amount = chosen[(u[:, 6:6 + aug.n_ops]*len(chosen)).long()], u[:, 6 + aug.n_ops:]
     low, high = u.new_tensor([bounds for _, bounds in STRONG_OPS.values()]).unbind(1)
     flip = torch.where(u[:, :1] < aug.flip_p, len(STRONG_OPS), 0)
     room = u.new_tensor([width - aug.size + 1, height - aug.size + 1])
@@ -558,7 +592,7 @@ def render_strong(
     x: Tensor,       # n×C×H×W images
     params: dict[str, Tensor],  # settings, one row per image
 ) -> Tensor:         # n×C×size×size in [0, 1]
-    "One operation after the other, each on the rows that drew it; then cutout."
+    "One operation after the other, each on the rows that drew it; then cutout and the disc."
     functions = [*(f for f, _ in STRONG_OPS.values()), mirror]
     ops, p = params['ops'], {name: value.to(x.device) for name, value in params.items()}
     x = to_float(x.clone())
@@ -570,7 +604,8 @@ def render_strong(
         for f, rows in zip(functions, groups):
             if f is identity or len(rows) == 0: continue
             x.index_copy_(0, rows, f(x.index_select(0, rows), p['amounts'][rows, slot]))
-    return cut_out_(x, p['center'], p['side'], aug.fill) if aug.cutout else x
+    if aug.cutout: cut_out_(x, p['center'], p['side'], aug.fill)
+    return x.mul_(aug.mask.to(x.device)) if aug.disc else x
 
 # %% ../nbs/01_augment.ipynb #08eee2f7
 @dataclass(eq=False)
@@ -581,6 +616,8 @@ class StrongAugment(BatchAugment):
     cutout: int|None = None    # the square's side is 1 to this many pixels; 0: none; None: size//2
     flip_p: float = .5         # chance of a mirror image
     fill: float = 0.           # value of the cut-out square
+    ops: tuple|None = None     # names of STRONG_OPS to draw from; None: all 14
+    disc: bool = False         # black outside the inscribed disc, for all-sky images
     part = 2**20
     check, draw, render = check_strong, draw_strong, render_strong
 

@@ -15,17 +15,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from . import __version__, models
+from . import __version__
 from .augment import Normalize, SimCLRAugment, StrongAugment
 from .data import ImageSet, UserError, as_image_set, atomic_write
 from .evaluate import cluster_metrics, kmeans_baseline, label_free_metrics
-from .models import ClusteringModel, ContrastiveModel, select_head
-from .neighbors import embed, mine_neighbors, neighbor_accuracy, weighted_knn
+from .models import ClusteringModel, ContrastiveModel, make_backbone, select_head
+from .moco import train_moco
+from .neighbors import embed, mine_neighbors, mutual_neighbors, neighbor_accuracy, weighted_knn
 from .report import save_examples, write_report
-from .scan import clustering_health, diagnose, logits_of, train_heads, train_scan
+from .scan import clustering_health, diagnose, find_prior, logits_of, train_heads, train_scan
 from .selflabel import train_selflabel
 from .simclr import DIGITS_VIEWS, train_simclr
-from .training import Checkpoint, pick_device, seeded
+from .training import Checkpoint, make_generator, pick_device, seeded
 from .visualize import embed_2d
 
 # %% ../nbs/12_pipeline.ipynb #71b6239f
@@ -33,7 +34,8 @@ from .visualize import embed_2d
 class PretextSettings:
     "How features are learned (SCAN, section 2.1)."
     size: int | None = None            # side in pixels to which files are resized; None: see `image_folder`
-    backbone: str = 'small_resnet'     # or 'resnet18_cifar', 'resnet18_stl', 'resnet50'
+    pretext: str = 'simclr'            # or 'moco'
+    backbone: str = 'small_resnet'     # or 'resnet18', 'resnet50', 'timm:NAME', see `make_backbone`
     widths: tuple | None = None        # channels per stage of small_resnet; None: four stages above 12 pixels
     stem_stride: int | None = None     # of small_resnet; None: 2 above 16 pixels, else 1
     views: dict | None = None          # settings of SimCLRAugment; None: its defaults
@@ -48,9 +50,14 @@ class PretextSettings:
 class ClusterSettings:
     "How clusters are found in the features (SCAN, sections 2.2 and 2.3)."
     n_neighbors: int = 20                # of each image, fewer than there are images
+    n_views: int = 0                     # 0: embed the image itself; more: the mean of so many of its views
+    mutual: bool = False                 # only pairs that are in each other's lists
+    time_window: float = 0.              # seconds; images nearer in time are no neighbors (they need times)
     n_heads: int = 64                    # cluster heads trained side by side; the best one starts SCAN
     heads_epochs: int = 80               # passes over the features
-    entropy_weight: float = 5.           # λ: how strongly clusters are kept equal
+    entropy_weight: float = 5.           # λ: how strongly cluster sizes are held to the prior
+    prior: list | str | None = None      # shares of the clusters; 'estimate'; None: all equal
+    remine_every: int = 0                # epochs of SCAN after which neighbors are mined anew; 0: never
     strong: dict | bool = True           # settings of StrongAugment; False: the views of the pretext task
     scan_epochs: int | None = None       # whole network; 0: leave the step out; None: see `auto_epochs`
     scan_batch: int = 128                # anchors per update
@@ -59,6 +66,8 @@ class ClusterSettings:
     selflabel_batch: int = 256           # images per update
     selflabel_lr: float = 1e-4           # of Adam
     threshold: float = .99               # certainty above which an image teaches
+    soft_targets: bool = False           # teach probabilities, not just the most likely cluster
+    ema_decay: float | None = .99        # the teacher is this slow average; None: the model itself
 
 # %% ../nbs/12_pipeline.ipynb #6cc2390f
 @dataclass(kw_only=True, eq=False)
@@ -101,13 +110,14 @@ PRESETS = {
 }
 
 # %% ../nbs/12_pipeline.ipynb #849d4d4b
-OPTIONAL = {'pretext_epochs', 'scan_epochs', 'selflabel_epochs', 'stem_stride'}   # None: chosen by `resolve`
+OPTIONAL = {'pretext_epochs', 'scan_epochs', 'selflabel_epochs', 'stem_stride', 'ema_decay'}   # may be None
 LIMITS = dict(   # type and lowest value
     n_clusters=(int, 2), n_neighbors=(int, 1), n_heads=(int, 1), heads_epochs=(int, 1), seed=(int, 0),
     pretext_epochs=(int, 1), scan_epochs=(int, 0), selflabel_epochs=(int, 0), stem_stride=(int, 1),
     pretext_batch=(int, 2), scan_batch=(int, 1), selflabel_batch=(int, 1), temperature=(float, 1e-6),
     pretext_lr=(float, 0), scan_lr=(float, 0), selflabel_lr=(float, 0), pretext_decay=(float, 0),
-    entropy_weight=(float, 0), threshold=(float, 0))
+    entropy_weight=(float, 0), threshold=(float, 0), n_views=(int, 0), time_window=(float, 0),
+    remine_every=(int, 0), ema_decay=(float, 0))
 
 # %% ../nbs/12_pipeline.ipynb #b78a875c
 def _plain(
@@ -138,9 +148,10 @@ def check_settings(
     "Raises UserError that names the first wrong setting."
     for name in LIMITS: _check_number(name, settings[name])
     if settings['threshold'] >= 1: raise UserError('threshold is 1 or more: no image can be that certain.')
-    known = 'small_resnet', 'resnet18_cifar', 'resnet18_stl', 'resnet50'
-    if settings['backbone'] not in known:
-        raise UserError(f"There is no backbone {settings['backbone']!r}: choose one of {', '.join(known)}.")
+    if settings['prior'] != 'estimate': find_prior(settings['prior'], settings['n_clusters'], None)
+    if (settings['ema_decay'] or 0) >= 1: raise UserError('ema_decay is 1 or more: such a mean never moves.')
+    if settings['pretext'] not in ('simclr', 'moco'):
+        raise UserError(f"There is no pretext task {settings['pretext']!r}: choose 'simclr' or 'moco'.")
     widths = [1] if settings['widths'] is None else settings['widths']
     if not (isinstance(widths, list) and widths and all(type(w) is int and w > 0 for w in widths)):
         raise UserError(f'widths is {widths!r}: give one or more whole numbers of channels.')
@@ -182,11 +193,12 @@ def resolve(
 def _make_backbone(
     settings: dict,  # resolved
     channels: int,   # 1 or 3
+    side: int,       # of the images, in pixels
 ) -> nn.Module:      # weights from the global generator
-    "The backbone of a recipe."
+    "The backbone of a recipe. Raises UserError for an unknown name."
     name = settings['backbone']
     options = dict(widths=tuple(settings['widths']), stem_stride=settings['stem_stride'])
-    return getattr(models, name)(channels, **(options if name == 'small_resnet' else {}))
+    return make_backbone(name, channels, side, **(options if name == 'small_resnet' else {}))
 
 # %% ../nbs/12_pipeline.ipynb #4370d206
 def make_views(
@@ -249,6 +261,14 @@ def _write_recipe(
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, default_flow_style=None)
     with atomic_write(folder/'recipe.yml') as f: f.write(text.encode())
 
+# %% ../nbs/12_pipeline.ipynb #a92ea569
+def _defaults(
+    names: dict,  # settings of a run
+) -> dict:        # those of them that have a default, with it
+    "What a run began with before a setting existed."
+    every = [f for kind in (PretextSettings, ClusterSettings) for f in fields(kind)]
+    return {f.name: f.default for f in every if f.name in names}
+
 # %% ../nbs/12_pipeline.ipynb #9ecd881c
 def open_run(
     out: str | Path,  # new, empty, or the folder of the same run
@@ -259,6 +279,7 @@ def open_run(
     if folder.exists() and not folder.is_dir(): raise UserError(f"'{folder}' is a file: give a folder.")
     if (folder/'recipe.yml').exists():
         old = read_recipe(folder)
+        old['settings'] = _defaults(recipe['settings']) | old['settings']
         changed = list_differences(*({**r['settings'], 'data': r['data']} for r in (old, recipe)))
         if not changed: return folder
         raise UserError(f"'{folder}' holds another run ({'; '.join(changed)}): choose another folder.")
@@ -363,14 +384,24 @@ def _sample(
     "Evenly spaced images, for a quick look."
     return data if len(data) <= count else data[torch.linspace(0, len(data) - 1, count).round().long()]
 
+# %% ../nbs/12_pipeline.ipynb #c0c76f89
+def _labeled(
+    data: ImageSet,     # with or without labels
+    count: int = 2000,  # how many at most
+) -> ImageSet | None:   # None: there is no label
+    "Evenly spaced images whose label is known, to grade by."
+    if data.labels is None: return None
+    known = (data.labels >= 0).nonzero()[:, 0]
+    return data[known[torch.linspace(0, len(known) - 1, min(count, len(known))).round().long()]]
+
 # %% ../nbs/12_pipeline.ipynb #dada89ae
 def _knn_monitor(
     job: Job,          # with or without labels
     model: nn.Module,  # being trained
 ):                     # function(epoch) -> dict, or None without labels
     "Five times in a run: how well neighbors predict labels, on up to 2,000 images."
-    data, epochs = _sample(job.data), job.settings['pretext_epochs']
-    if data.labels is None: return None
+    data, epochs = _labeled(job.data), job.settings['pretext_epochs']
+    if data is None: return None
     def monitor(epoch):
         if epoch % max(1, epochs//5) and epoch != epochs: return {}
         guess = weighted_knn(embed(model, data.images), data.labels, k=min(20, len(data) - 1))
@@ -383,24 +414,25 @@ def _accuracy_monitor(
     model: nn.Module,  # being trained
 ):                     # function(epoch) -> dict, or None without labels
     "After each epoch: accuracy on up to 2,000 images."
-    data = _sample(job.data)
-    if data.labels is None: return None
+    data = _labeled(job.data)
+    if data is None: return None
     return lambda epoch: {'acc': cluster_metrics(logits_of(model, data.images).argmax(1), data.labels)['acc']}
 
 # %% ../nbs/12_pipeline.ipynb #eba2f254
 def learn_features(
     job: Job,           # its images are learned from
 ) -> ContrastiveModel:  # trained, on the device
-    "Step 1: SimCLR (SCAN, section 2.1)."
+    "Step 1: SimCLR or MoCo (SCAN, section 2.1)."
     s, (channels, *sides) = job.settings, job.images.shape[1:]
     with seeded(s['seed']):
-        model = ContrastiveModel(_make_backbone(s, channels), normalize=Normalize.fit(job.images))
+        model = ContrastiveModel(_make_backbone(s, channels, min(sides)), normalize=Normalize.fit(job.images))
     model, views = model.to(job.device), make_views(SimCLRAugment, min(sides), s['views'])
     def work(checkpoint):
-        history = train_simclr(
+        history = dict(simclr=train_simclr, moco=train_moco)[s['pretext']](
             model, job.images, views, epochs=s['pretext_epochs'], batch_size=s['pretext_batch'],
             lr=s['pretext_lr'], weight_decay=s['pretext_decay'], temperature=s['temperature'], seed=s['seed'],
-            monitor=_knn_monitor(job, model), checkpoint=checkpoint, progress=job.bar('1/4 SimCLR'))
+            monitor=_knn_monitor(job, model), checkpoint=checkpoint,
+            progress=job.bar('1/4 MoCo' if s['pretext'] == 'moco' else '1/4 SimCLR'))
         return dict(model=model.state_dict(), history=history, kept=True,
                     reason=f'{model.backbone.dim} numbers per image, much the same for all its views')
     model.load_state_dict(run_stage(job, 'pretext', work)['model'])
@@ -431,6 +463,22 @@ def _read_arrays(
             raise UserError(f"'{folder/name}' is damaged or missing: delete '{again}' to repeat it.") from e
     return tuple(found)
 
+# %% ../nbs/12_pipeline.ipynb #92bda3f4
+def _mine(
+    job: Job,                 # its settings say which pairs count
+    model: ContrastiveModel,  # trained
+    k: int,                   # neighbors of each image
+) -> tuple:                   # embeddings N×D and neighbors N×K, on the CPU
+    "Nearest neighbors: of the images or of the mean of their views, across time, mutual."
+    s, views, side = job.settings, {}, min(job.images.shape[2:])
+    if s['n_views']:
+        views = dict(augment=make_views(SimCLRAugment, side, s['views']), n_views=s['n_views'],
+                     generator=make_generator(s['seed'], job.device))
+    embeddings = embed(model, job.images, **views)
+    times = job.data.times if s['time_window'] else None
+    near = mine_neighbors(embeddings.to(job.device), k, times=times, window=s['time_window'])
+    return embeddings, (mutual_neighbors(near) if s['mutual'] else near).cpu()
+
 # %% ../nbs/12_pipeline.ipynb #323164dc
 def find_neighbors(
     job: Job,                 # its images are compared
@@ -439,8 +487,7 @@ def find_neighbors(
     "Step 2: the nearest neighbors of each image (SCAN, section 2.2)."
     found, k, labels = [], job.settings['n_neighbors'], job.data.labels
     def work(checkpoint):
-        embeddings = embed(model, job.images)
-        found.extend([embeddings, mine_neighbors(embeddings.to(job.device), k).cpu()])
+        found.extend(_mine(job, model, k))
         if job.folder: _write_arrays(job.folder, *found)
         return dict(history=[], kept=True, reason=f'for each image the {k} with the most similar features')
     run_stage(job, 'neighbors', work)
@@ -496,7 +543,7 @@ def fit_heads(
     def fit(checkpoint):
         found = train_heads(
             embeddings.to(job.device), neighbors.to(job.device), s['n_clusters'], n_heads=s['n_heads'],
-            epochs=s['heads_epochs'], entropy_weight=s['entropy_weight'], seed=s['seed'],
+            epochs=s['heads_epochs'], entropy_weight=s['entropy_weight'], prior=s['prior'], seed=s['seed'],
             progress=job.bar('2/4 heads'))
         with seeded(s['seed']): model.cluster_head = select_head(found.heads, found.best)
         return found.history, True, f"head {found.best} of {s['n_heads']}, chosen without labels"
@@ -514,8 +561,9 @@ def fit_network(
     s = job.settings
     if not s[f'{stage}_epochs']: return
     trainer, label, options = {
-        'scan': (train_scan, '3/4 SCAN', {}),
-        'selflabel': (train_selflabel, '4/4 self-labelling', dict(threshold=s['threshold']))}[stage]
+        'scan': (train_scan, '3/4 SCAN', dict(remine_every=s['remine_every'], prior=s['prior'])),
+        'selflabel': (train_selflabel, '4/4 self-labelling', dict(
+            {k: s[k] for k in ('threshold', 'soft_targets', 'ema_decay', 'prior')}))}[stage]
     side, weak = min(job.images.shape[2:]), s['strong'] is False
     views = make_views(SimCLRAugment if weak else StrongAugment, side, s['views' if weak else 'strong'])
     _cluster_stage(job, stage, model, lambda checkpoint: trainer(
@@ -618,11 +666,12 @@ def _read_model(
     "The final model. Raises UserError when it is missing or damaged."
     from safetensors import SafetensorError
     from safetensors.torch import load
-    settings, channels, file = recipe['settings'], recipe['data']['shape'][0], folder/'model.safetensors'
+    settings, (c, *sides), file = recipe['settings'], recipe['data']['shape'], folder/'model.safetensors'
     if not file.is_file(): raise UserError(f"'{folder}' has no model.safetensors: finish the run first.")
-    normalize = Normalize([0.]*channels, [1.]*channels)
+    normalize = Normalize([0.]*c, [1.]*c)
     with seeded(0):
-        model = ClusteringModel(_make_backbone(settings, channels), settings['n_clusters'], 1, normalize)
+        backbone = _make_backbone(settings, c, min(sides))
+        model = ClusteringModel(backbone, settings['n_clusters'], 1, normalize)
     try: model.load_state_dict(load(file.read_bytes()))
     except (SafetensorError, RuntimeError) as e:
         raise UserError(f"'{file}' is damaged or belongs to another recipe: put back a good copy.") from e
@@ -689,6 +738,7 @@ def _read_splits(
     if labels is not None:
         labels = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
         data = replace(data, labels=labels, classes=None)
+    if data.labels is not None and not (data.labels >= 0).any(): data = replace(data, labels=None)
     check_enough(len(data), settings['n_clusters'], settings['n_neighbors'])
     if test is None: return {'all': data}
     return {'train': data, 'test': _same_shape(test, data.images.shape[1:], settings['progress'])}
@@ -708,11 +758,12 @@ def _begin(
     splits: dict,          # of `_read_splits`
     device: torch.device,  # where it is trained
 ) -> tuple:                # the Job, and its recipe
-    "Make the recipe, open the run folder. Raises UserError for unknown views or a folder of another run."
+    "Make the recipe, open the run folder. Raises UserError for unknown names or a folder of another run."
     data, *held_out = splits.values()
     side, out = min(data.images.shape[2:]), settings['out']
     known = resolve(settings, len(data), side, device)
     make_views(SimCLRAugment, side, known['views']), make_views(StrongAugment, side, known['strong'] or {})
+    with seeded(0): _make_backbone(known, data.images.shape[1], side)
     recipe = dict(scan_nb=__version__, settings=known, data=fingerprint_images(data))
     if held_out: recipe['data']['test'] = fingerprint_images(held_out[0])
     folder = None if out is None else open_run(out, recipe)

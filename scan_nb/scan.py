@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ScanLoss', 'mean_entropy', 'scan_loss', 'validate_scan', 'head_agreement', 'unstandardize', 'TrainedHeads',
-           'check_neighbors', 'choose_head', 'random_partners', 'train_heads', 'clustering_health', 'diagnose',
-           'logits_of', 'StageResult', 'got_worse', 'train_checked', 'train_scan']
+           'check_neighbors', 'choose_head', 'random_partners', 'find_prior', 'estimate_prior', 'train_heads',
+           'clustering_health', 'diagnose', 'logits_of', 'StageResult', 'got_worse', 'train_checked', 'Pairs',
+           'train_scan']
 
 # %% ../nbs/09_scan.ipynb #86bca8f7
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
@@ -19,32 +20,39 @@ from .data import UserError
 from .models import ClusteringModel, ClusterHeads, evaluating
 from .training import CosineSchedule, autocast, make_generator, seeded, steps_per_epoch, train
 from .simclr import take
+from .neighbors import embed, mine_neighbors, unit_rows
 
 # %% ../nbs/09_scan.ipynb #98f4fb6c
 class ScanLoss(NamedTuple):
     "The SCAN loss and its two terms: scalars, or one value per head."
     total: Tensor        # consistency - entropy weight · entropy; never below -entropy weight · ln C
     consistency: Tensor  # mean of -ln⟨p, q⟩ over the pairs, ≥ 0
-    entropy: Tensor      # entropy of the mean assignment in nats, 0 to ln C
+    entropy: Tensor      # of the mean assignment in nats, at most ln C; see `mean_entropy`
 
 # %% ../nbs/09_scan.ipynb #77d8197f
 def mean_entropy(
     log_p: Tensor,  # …×B×C log-probabilities
-) -> Tensor:        # …: nats, 0 to ln C
+    prior: Tensor|None = None,  # C class sizes expected, in any order and unit; None: all equal
+) -> Tensor:        # …: nats, at most ln C; with a prior ln C - KL(mean ‖ prior), matched by size
     "Entropy of the mean over B of the assignments (SCAN, equation 2, second term)."
     log_mean = log_p.logsumexp(-2) - math.log(log_p.shape[-2])
-    return -(log_mean.exp()*log_mean).sum(-1)
+    mean = log_mean.exp()
+    entropy = -(mean*log_mean).sum(-1)
+    if prior is None: return entropy
+    log_prior = prior.to(log_p).log().log_softmax(-1).sort().values
+    return entropy + math.log(len(log_prior)) + (mean.sort(-1).values*log_prior).sum(-1)
 
 # %% ../nbs/09_scan.ipynb #ee16abc7
 def scan_loss(
     anchor_logits: Tensor,       # B×C, or H×B×C for H heads
     neighbor_logits: Tensor,     # the same shape: row i belongs to a neighbor of anchor i
     entropy_weight: float = 5.,  # λ ≥ 0
+    prior: Tensor|None = None,   # C class sizes expected, see `mean_entropy`; None: all equal
 ) -> ScanLoss:                   # three scalars, or three vectors of H
     "Pull neighbors together, spread the clusters (SCAN, equation 2)."
     log_p, log_q = anchor_logits.float().log_softmax(-1), neighbor_logits.float().log_softmax(-1)
     consistency = -(log_p + log_q).logsumexp(-1).mean(-1)
-    entropy = mean_entropy(log_p)
+    entropy = mean_entropy(log_p, prior)
     return ScanLoss(consistency - entropy_weight*entropy, consistency, entropy)
 
 # %% ../nbs/09_scan.ipynb #e849ad79
@@ -54,6 +62,7 @@ def validate_scan(
     neighbors: Tensor,           # N×K int64 indices into the same N
     entropy_weight: float = 5.,  # λ ≥ 0, as in training: then the two losses compare
     block: int = 8192,           # images at a time
+    prior: Tensor|None = None,   # C class sizes expected; None: all equal
 ) -> ScanLoss:                   # three scalars, or three vectors of H
     "The SCAN loss over all pairs of anchor and neighbor (SCAN, equation 2)."
     log_p = logits.float().log_softmax(-1)
@@ -61,7 +70,7 @@ def validate_scan(
     for start in range(0, len(neighbors), block):
         log_q = log_p[..., neighbors[start:start + block], :]
         pairs -= (log_p[..., start:start + block, None, :] + log_q).logsumexp(-1).double().sum((-2, -1))
-    consistency, entropy = (pairs/neighbors.numel()).float(), mean_entropy(log_p)
+    consistency, entropy = (pairs/neighbors.numel()).float(), mean_entropy(log_p, prior)
     return ScanLoss(consistency - entropy_weight*entropy, consistency, entropy)
 
 # %% ../nbs/09_scan.ipynb #480fa0c6
@@ -99,6 +108,7 @@ class TrainedHeads(NamedTuple):
     agreement: Tensor    # H: mean NMI with the other heads, the higher the better
     best: int            # the chosen head
     history: list        # a row per epoch
+    prior: Tensor|None   # C class sizes the heads were trained for, sum 1; None: all equal
 
 # %% ../nbs/09_scan.ipynb #001a7777
 def check_neighbors(
@@ -138,26 +148,78 @@ def random_partners(
     return neighbors[indices].gather(1, column)[:, 0]
 
 # %% ../nbs/09_scan.ipynb #41361e32
-def _heads_step(heads, z, neighbors, entropy_weight, generator):
-    "One step of all heads for `train`: the sum of their losses."
+def _heads_step(heads, pick, neighbors, entropy_weight, prior, generator):
+    "One step of all heads for `train`: the sum of their losses; `pick` gives embeddings of indices."
     def step(indices):
         both = torch.cat([indices, random_partners(neighbors, indices, generator)])
-        loss = scan_loss(*heads(z[both]).chunk(2, 1), entropy_weight)
+        loss = scan_loss(*heads(pick(both)).chunk(2, 1), entropy_weight, prior)
         return dict(loss=loss.total.sum(), consistency=loss.consistency.mean(), entropy=loss.entropy.mean())
     return step
 
 # %% ../nbs/09_scan.ipynb #444948e1
-def _fit_heads(heads, z, neighbors, lr, entropy_weight, generator, epochs, batch_size, progress):
+def _fit_heads(heads, step, n, lr, generator, epochs, batch_size, progress):
     "Adam along a cosine; gives the history."
     optimizer = torch.optim.Adam(heads.parameters(), lr)
-    schedule = CosineSchedule(optimizer, epochs*steps_per_epoch(len(z), batch_size))
-    step = _heads_step(heads, z, neighbors, entropy_weight, generator)
-    return train(step, len(z), optimizer, epochs=epochs, batch_size=batch_size, generator=generator,
+    schedule = CosineSchedule(optimizer, epochs*steps_per_epoch(n, batch_size))
+    return train(step, n, optimizer, epochs=epochs, batch_size=batch_size, generator=generator,
                  schedule=schedule, modules=[heads], progress=progress)
+
+# %% ../nbs/09_scan.ipynb #b90c0001
+def _picker(z, views, mean, std, generator):
+    "Function(indices) -> standardized embeddings: of the images, or of a random view of each. UserError."
+    if views is None: return lambda indices: z[indices]
+    if views.ndim != 3 or views.shape[1:] != z.shape:
+        raise UserError(f'views of shape {tuple(views.shape)} do not belong to embeddings of shape '
+                        f'{tuple(z.shape)}: give V×N×D, as embed_views does')
+    def pick(indices):
+        view = torch.randint(len(views), indices.shape, generator=generator, device=indices.device)
+        return (views[view.to(views.device), indices.to(views.device)].to(z.device) - mean)/std
+    return pick
+
+# %% ../nbs/09_scan.ipynb #b90c0002
+def find_prior(
+    prior: Tensor|str|None,  # C class sizes in any unit, 'estimate', or None
+    n_clusters: int,         # C
+    embeddings: Callable,    # function() -> N×D, for 'estimate'
+    seed: int = 0,           # of the estimate
+) -> Tensor|None:            # C float32 of sum 1; None: all equal
+    "The prior in numbers. Raises UserError unless there are C numbers above 0."
+    if prior is None: return None
+    if isinstance(prior, str) and prior == 'estimate': return estimate_prior(embeddings(), n_clusters, seed)
+    try: sizes = torch.as_tensor(prior, dtype=torch.float32)
+    except (TypeError, ValueError): sizes = torch.zeros(0)
+    if sizes.shape != (n_clusters,) or not sizes.isfinite().all() or sizes.min() <= 0:
+        raise UserError(f"prior must be 'estimate' or {n_clusters} class sizes above 0, one per cluster")
+    return sizes/sizes.sum()
+
+# %% ../nbs/09_scan.ipynb #b90c0003
+@torch.no_grad()
+def _judge(heads, z, neighbors, entropy_weight, prior, choose, mean, std, history):
+    "Loss and agreement of trained heads, and the chosen one; the heads then take raw embeddings."
+    logits = heads(z)
+    losses = validate_scan(logits, neighbors, entropy_weight, prior=prior).total
+    agreement = head_agreement(logits.argmax(-1), logits.shape[-1])
+    best = choose_head(losses, agreement, choose)
+    return TrainedHeads(unstandardize(heads, mean, std), losses, agreement, best, history, prior)
+
+# %% ../nbs/09_scan.ipynb #b90c0004
+def estimate_prior(
+    embeddings: Tensor,  # N×D, any norm
+    n_clusters: int,     # C
+    seed: int = 0,       # of the images looked at, when there are many
+) -> Tensor:             # C float32 of sum 1, the largest first
+    "Class sizes without labels: those of Ward's clusters (1963) of at most 4,000 or 10·C unit embeddings."
+    from sklearn.cluster import AgglomerativeClustering
+    some = torch.randperm(len(embeddings), generator=make_generator(seed))[:max(4000, 10*n_clusters)]
+    z = unit_rows(embeddings[some.to(embeddings.device)]).cpu()
+    clusters = torch.from_numpy(AgglomerativeClustering(n_clusters).fit_predict(z.numpy()))
+    sizes = clusters.bincount(minlength=n_clusters).float().sort(descending=True).values
+    sizes = (sizes/len(z)).clamp_min(.1/n_clusters)
+    return sizes/sizes.sum()
 
 # %% ../nbs/09_scan.ipynb #79404200
 def train_heads(
-    embeddings: Tensor,          # N×D, from `embed` or any other model
+    embeddings: Tensor,          # N×D, from `embed` or any other model; an array will do
     neighbors: Tensor,           # N×K int64
     n_clusters: int,             # C, 2 ≤ C ≤ N
     *, n_heads: int = 64,        # H
@@ -165,21 +227,23 @@ def train_heads(
     batch_size: int = 512,       # anchors per update
     lr: float = .01,             # of Adam on standardized embeddings, falling along a cosine
     entropy_weight: float = 5.,  # λ
+    prior: Tensor|str|None = None,  # C class sizes expected, or 'estimate'; None: all equal
+    views: Tensor|None = None,   # V×N×D, from `embed_views`: anchor and neighbor are random views
     choose: str = 'loss',        # how the head is chosen, see `choose_head`
     seed: int = 0,               # of initial weights, batches and partners
     progress: str|None = None,   # label of a progress bar
 ) -> TrainedHeads:  # all heads, and the chosen one
     "Many linear heads on fixed embeddings (SCAN, section 2.2). Raises UserError for foreign neighbors."
+    embeddings, neighbors = torch.as_tensor(embeddings).float(), torch.as_tensor(neighbors)
     check_neighbors(embeddings, neighbors, n_clusters)
+    prior = find_prior(prior, n_clusters, lambda: embeddings, seed)
     mean, std = embeddings.mean(0), embeddings.std(0).clamp_min(1e-6)
     z, generator = (embeddings - mean)/std, make_generator(seed, embeddings.device)
     with seeded(seed): heads = ClusterHeads(z.shape[1], n_clusters, n_heads).to(z.device)
-    history = _fit_heads(heads, z, neighbors, lr, entropy_weight, generator, epochs, batch_size, progress)
-    with torch.no_grad(): logits = heads(z)
-    losses = validate_scan(logits, neighbors, entropy_weight).total
-    agreement = head_agreement(logits.argmax(-1), n_clusters)
-    best = choose_head(losses, agreement, choose)
-    return TrainedHeads(unstandardize(heads, mean, std), losses, agreement, best, history)
+    pick = _picker(z, views, mean, std, generator)
+    step = _heads_step(heads, pick, neighbors, entropy_weight, prior, generator)
+    history = _fit_heads(heads, step, len(z), lr, generator, epochs, batch_size, progress)
+    return _judge(heads, z, neighbors, entropy_weight, prior, choose, mean, std, history)
 
 # %% ../nbs/09_scan.ipynb #079ae440
 @torch.no_grad()
@@ -187,13 +251,14 @@ def clustering_health(
     logits: Tensor,              # N×C, on the device of the neighbors
     neighbors: Tensor,           # N×K int64
     entropy_weight: float = 5.,  # λ of `val_loss`
-) -> dict[str, float]:           # val_loss, agreement, effective_clusters (1 to C), confidence
-    "What can be said of a clustering without labels."
+    prior: Tensor|None = None,   # C class sizes expected; None: all equal
+) -> dict[str, float]:           # val_loss, agreement, effective_clusters (up to C), confidence
+    "What can be said of a clustering without labels; C clusters are effective when sizes are as expected."
     clusters, n_clusters = logits.argmax(-1), logits.shape[-1]
     share = torch.bincount(clusters, minlength=n_clusters).double()/len(clusters)
-    return dict(val_loss=validate_scan(logits, neighbors, entropy_weight).total.item(),
+    return dict(val_loss=validate_scan(logits, neighbors, entropy_weight, prior=prior).total.item(),
                 agreement=(clusters[neighbors] == clusters[:, None]).float().mean().item(),
-                effective_clusters=torch.special.entr(share).sum().exp().item(),
+                effective_clusters=mean_entropy(share.clamp_min(1e-300).log()[None], prior).exp().item(),
                 confidence=logits.float().softmax(-1).amax(-1).mean().item())
 
 # %% ../nbs/09_scan.ipynb #6764f0b2
@@ -214,14 +279,15 @@ def diagnose(
 # %% ../nbs/09_scan.ipynb #84bf524f
 @torch.no_grad()
 def logits_of(
-    model: ClusteringModel,  # its first head is read
+    model: ClusteringModel,  # with H heads
     images: Tensor,          # N×C×H×W, anywhere
     batch_size: int = 512,   # images per forward pass
-) -> Tensor:                 # N×C float32 on the CPU
+    head: int|None = 0,      # which head is read; None: all
+) -> Tensor:                 # N×C float32 on the CPU, H×N×C for all heads
     "Logits of all images in eval mode."
-    device = next(model.parameters()).device
+    device, heads = next(model.parameters()).device, slice(None) if head is None else head
     with evaluating(model), autocast(device):
-        return torch.cat([model(x.to(device))[0].float().cpu() for x in images.split(batch_size)])
+        return torch.cat([model(x.to(device))[heads].float().cpu() for x in images.split(batch_size)], -2)
 
 # %% ../nbs/09_scan.ipynb #56afeb16
 class StageResult(NamedTuple):
@@ -255,17 +321,19 @@ def train_checked(
     *, result: ClusteringModel|None = None,  # what the stage gives; None: the model itself
     stop: bool = False,          # end as soon as an epoch made it worse; else look at the end
     tolerance: float = .015,     # see `got_worse`
+    health: Callable|None = None,   # function(model) -> dict; None: `clustering_health` of the first head
     monitor: Callable|None = None,  # function(epoch) -> dict, added to each row
+    modules: Iterable = (),      # what else has a state that a checkpoint must hold
     **options,                   # of `train`: epochs, batch_size, generator, schedule, checkpoint, progress
 ) -> StageResult:
     "Run a stage and watch its health: when it did harm, the model has its old weights back."
-    old, before = copy.deepcopy(model.state_dict()), clustering_health(logits_of(model, images), neighbors)
-    result = result or model
+    health = health or (lambda model: clustering_health(logits_of(model, images), neighbors))
+    old, before, result = copy.deepcopy(model.state_dict()), health(model), result or model
     def watch(epoch):
-        seen = clustering_health(logits_of(result, images), neighbors)
+        seen = health(result)
         why = got_worse(before, seen, tolerance) if stop else ''
-        return seen | (monitor(epoch) if monitor else {}) | ({'stop': why} if why else {})
-    modules = [model] if result is model else [model, result]
+        return seen | (monitor and monitor(epoch) or {}) | ({'stop': why} if why else {})
+    modules = [model, *([] if result is model else [result]), *modules]
     history = train(step, len(images), optimizer, modules=modules, monitor=watch, **options)
     model.load_state_dict(result.state_dict())
     return _keep_or_restore(model.eval(), old, before, history, tolerance)
@@ -280,20 +348,86 @@ def _keep_or_restore(model, old, before, history, tolerance):
         *(health[key] for key in ('agreement', 'effective_clusters') for health in (before, after)))
     return StageResult(history, not why, f'not kept: {why}' if why else kept)
 
+# %% ../nbs/09_scan.ipynb #b90c0010
+class Pairs:
+    "The neighbors in use. When they are mined anew on the way, a checkpoint must hold them."
+    def __init__(self,
+        neighbors: Tensor,  # N×K int64, on the device of the model
+        every: int = 0,     # epochs between two minings; 0: never
+        mine: Callable = mine_neighbors,  # function(embeddings N×D, K) -> N×K int64
+    ):
+        if every < 0: raise UserError(f'remine_every is {every}: give a number of epochs, 0 for never')
+        self.neighbors, self.every, self.mine = neighbors, every, mine
+    def after(self, epoch, model, images): # mines at the end of every epoch that is due
+        if not self.every or epoch % self.every: return
+        z, (_, k) = embed(model, images).to(self.neighbors.device), self.neighbors.shape
+        self.neighbors = self.mine(z, k).to(z.device)
+        check_neighbors(z, self.neighbors, 2)
+    def state_dict(self): return dict(neighbors=self.neighbors)
+    def load_state_dict(self, state): self.neighbors = state['neighbors'].to(self.neighbors.device)
+
+# %% ../nbs/09_scan.ipynb #b90c0011
+def _best_health(model, images, neighbors, loss):
+    "`clustering_health` of the head with the lowest loss over all pairs; `head`: which of several."
+    logits = logits_of(model, images, head=None)
+    if len(logits) == 1: return clustering_health(logits[0], neighbors, **loss)
+    best = torch.stack([validate_scan(x, neighbors, **loss).total for x in logits]).argmin().item()
+    return clustering_health(logits[best], neighbors, **loss) | dict(head=best)
+
+# %% ../nbs/09_scan.ipynb #b90c0014
+def _scan_inputs(model, images, neighbors, remine_every, mine, entropy_weight, prior, seed):
+    "The pairs in use, and the settings of the loss. Raises UserError for what does not fit."
+    n_clusters, device = model.cluster_head.weight.shape[-1], next(model.parameters()).device
+    check_neighbors(images, neighbors, n_clusters)
+    prior = find_prior(prior, n_clusters, lambda: embed(model, images), seed)
+    return Pairs(neighbors.to(device), remine_every, mine), dict(entropy_weight=entropy_weight, prior=prior)
+
+# %% ../nbs/09_scan.ipynb #b90c0012
+def _scan_optimizer(model, optimizer, schedule, head_only, lr, weight_decay):
+    "Adam of what is trained, unless an optimizer is given. Raises UserError for a schedule of another one."
+    if schedule is not None and getattr(schedule, 'optimizer', optimizer) is not optimizer:
+        raise UserError('The schedule belongs to another optimizer: give both, the schedule made for it.')
+    trained = model.cluster_head if head_only else model
+    return optimizer or torch.optim.Adam(trained.parameters(), lr, weight_decay=weight_decay)
+
+# %% ../nbs/09_scan.ipynb #b90c0013
+def _run_scan(model, images, pairs, augment, loss, head_only, seed, optimizer, *, schedule, epochs,
+              batch_size, monitor=None, **options):
+    "The stage under watch; of several heads the model keeps the best."
+    given, g = pairs.neighbors.cpu(), make_generator(seed, pairs.neighbors.device)
+    def health(model): return _best_health(model, images, given, loss)
+    def after(epoch):
+        pairs.after(epoch, model, images)
+        return monitor and monitor(epoch)
+    result = train_checked(
+        model, _scan_step(model, images, pairs, augment, loss, head_only, g), images, given, optimizer,
+        health=health, monitor=after, modules=[pairs] if pairs.every else [], epochs=epochs, generator=g,
+        schedule=schedule or CosineSchedule(optimizer, epochs*steps_per_epoch(len(images), batch_size)),
+        batch_size=batch_size, **options)
+    if len(model.cluster_head.weight) > 1:
+        with seeded(seed): model.select(health(model)['head'])
+    return result
+
 # %% ../nbs/09_scan.ipynb #7ab05b09
-def _scan_step(model, images, neighbors, augment, entropy_weight, generator):
+def _scan_step(model, images, pairs, augment, loss, head_only, generator):
     "One step of SCAN for `train`: the sum of the heads' losses."
+    model.train()
+    if head_only: model.backbone.eval()
+    def classify(views):
+        if not head_only: return model(views)
+        with torch.no_grad(): features = model.embed(views)
+        return model.cluster_head(features)
     def step(indices):
-        both = torch.cat([indices, random_partners(neighbors, indices, generator)])
+        both = torch.cat([indices, random_partners(pairs.neighbors, indices, generator)])
         views = augment(take(images, both), generator)
-        with autocast(indices.device): logits = model(views)
-        loss = scan_loss(*logits.chunk(2, 1), entropy_weight)
-        return dict(loss=loss.total.sum(), consistency=loss.consistency.mean(), entropy=loss.entropy.mean())
+        with autocast(indices.device): logits = classify(views)
+        total, consistency, entropy = scan_loss(*logits.chunk(2, 1), **loss)
+        return dict(loss=total.sum(), consistency=consistency.mean(), entropy=entropy.mean())
     return step
 
 # %% ../nbs/09_scan.ipynb #40c2fd25
 def train_scan(
-    model: ClusteringModel,        # trained in place, on its device
+    model: ClusteringModel,        # trained in place, on its device; of several heads the best is kept
     images: Tensor,                # N×C×H×W, anywhere
     neighbors: Tensor,             # N×K int64
     augment: Callable,             # (images, generator) -> a view of each
@@ -302,15 +436,24 @@ def train_scan(
     lr: float = 1e-4,              # of Adam, falling along a cosine (constant in the paper)
     weight_decay: float = 1e-4,    # of Adam
     entropy_weight: float = 5.,    # λ
+    prior: Tensor|str|None = None, # C class sizes expected, or 'estimate'; None: all equal
+    optimizer: torch.optim.Optimizer|None = None,  # ready-made, in place of Adam
+    schedule: CosineSchedule|None = None,  # ready-made, of that optimizer
+    head_only: bool = False,       # the backbone stays as it is, in eval mode (ImageNet in the paper)
+    remine_every: int = 0,         # epochs after which neighbors are mined anew from its features; 0: never
+    mine: Callable = mine_neighbors,  # how: function(embeddings, K) -> N×K
     seed: int = 0,                 # of batches, partners and views
     **options,                     # monitor, checkpoint, progress: see `train_checked`
 ) -> StageResult:
     "The clustering step on the whole network (SCAN, section 2.2). Raises UserError for foreign neighbors."
-    check_neighbors(images, neighbors, model.cluster_head.weight.shape[-1])
-    device, neighbors = next(model.parameters()).device, neighbors.cpu()
-    generator = make_generator(seed, device)
-    optimizer = torch.optim.Adam(model.parameters(), lr, weight_decay=weight_decay)
-    schedule = CosineSchedule(optimizer, epochs*steps_per_epoch(len(images), batch_size))
-    step = _scan_step(model.train(), images, neighbors.to(device), augment, entropy_weight, generator)
-    return train_checked(model, step, images, neighbors, optimizer, epochs=epochs, batch_size=batch_size,
-                         generator=generator, schedule=schedule, **options)
+    pairs, loss = _scan_inputs(model, images, neighbors, remine_every, mine, entropy_weight, prior, seed)
+    optimizer = _scan_optimizer(model, optimizer, schedule, head_only, lr, weight_decay)
+    return _run_scan(model, images, pairs, augment, loss, head_only, seed, optimizer, schedule=schedule,
+                     epochs=epochs, batch_size=batch_size, **options)
+
+# %% ../nbs/09_scan.ipynb #3e506815
+#| eval: false
+if __name__ == '__main__':   # python -m scan_nb.scan
+    import sys
+    from scan_nb.cli import main
+    raise SystemExit(main(['scan', *sys.argv[1:]]))

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .data import UserError
 from .models import ClusteringModel, evaluating
-from .training import autocast, make_generator
+from .training import CosineSchedule, autocast, make_generator
 from .simclr import take
-from .scan import StageResult, check_neighbors, mean_entropy, train_checked
+from .neighbors import embed
+from .scan import StageResult, check_neighbors, clustering_health, find_prior, logits_of
+from .scan import mean_entropy, train_checked
 
 # %% ../nbs/10_selflabel.ipynb #67ff5244
 def confident_labels(
@@ -33,12 +35,15 @@ def confident_cross_entropy(
     strong_logits: Tensor,    # B×C from the student, on strong views of the same images
     threshold: float = .99,   # an image teaches when the teacher is more certain than this
     balance: bool = True,     # every cluster among the teaching images weighs the same
+    soft: bool = False,       # the lesson is all of the teacher's probabilities, not its cluster alone
 ) -> Tensor|None:             # scalar; None when no image is confident
     "Cross-entropy of strong views against the confident labels of weak views (SCAN, section 2.3)."
-    rows, target = confident_labels(weak_logits, threshold)
+    rows, cluster = confident_labels(weak_logits, threshold)
     if len(rows) == 0: return None
-    count = torch.bincount(target, minlength=weak_logits.shape[-1])
-    return F.cross_entropy(strong_logits[rows].float(), target, 1/count.clamp_min(1) if balance else None)
+    target = weak_logits[rows].float().softmax(-1) if soft else cluster
+    losses = F.cross_entropy(strong_logits[rows].float(), target, reduction='none')
+    weights = 1/cluster.bincount()[cluster] if balance else torch.ones_like(losses)
+    return (weights*losses).sum()/weights.sum()
 
 # %% ../nbs/10_selflabel.ipynb #0b450af7
 class EMA:
@@ -57,7 +62,7 @@ class EMA:
             else: slow.copy_(new)
 
 # %% ../nbs/10_selflabel.ipynb #aff168d7
-def _step(student, ema, images, strong, weak, generator, threshold, balance, entropy_weight):
+def _step(student, ema, images, strong, weak, generator, entropy_weight, prior, **lesson):
     "One step for `train`; None when no image of the batch is confident. The teacher is in eval mode."
     teacher = student if ema is None else ema.model
     def step(indices):
@@ -65,10 +70,10 @@ def _step(student, ema, images, strong, weak, generator, threshold, balance, ent
         x = take(images, indices)
         with torch.no_grad(), evaluating(teacher), autocast(x.device):
             target = teacher(x if weak is None else weak(x, generator))[0]
-        if len(confident_labels(target, threshold)[0]) == 0: return None
+        if len(confident_labels(target, lesson['threshold'])[0]) == 0: return None
         with autocast(x.device): logits = student(strong(x, generator))[0]
-        ce = confident_cross_entropy(target, logits, threshold, balance)
-        entropy = mean_entropy(logits.float().log_softmax(-1))
+        ce = confident_cross_entropy(target, logits, **lesson)
+        entropy = mean_entropy(logits.float().log_softmax(-1), prior)
         return dict(loss=ce - entropy_weight*entropy, cross_entropy=ce, entropy=entropy)
     return step
 
@@ -81,27 +86,61 @@ def train_selflabel(
     *, weak: Callable|None = None, # teacher's views; None: the images as they are
     threshold: float = .99,        # confidence above which an image teaches, 0 ≤ threshold < 1
     balance: bool = True,          # clusters weigh the same in the cross-entropy
+    soft_targets: bool = False,    # the teacher's probabilities are the label, not its cluster alone
     entropy_weight: float = 5.,    # λ ≥ 0: keeps the clusters even, as in SCAN; 0: the paper's loss
+    prior: Tensor|str|None = None, # C class sizes expected, or 'estimate'; None: all equal
     ema_decay: float|None = .99,   # the teacher, and the result, is this average; None: the model itself
     epochs: int = 10,              # passes over the data
     batch_size: int = 256,         # images per update
     lr: float = 1e-4,              # of Adam, constant, with a weight decay of 1e-4
+    optimizer: torch.optim.Optimizer|None = None,  # ready-made, in place of Adam
+    schedule: CosineSchedule|None = None,  # ready-made, of that optimizer; None: constant
     seed: int = 0,                 # of batches and views
     **options,                     # monitor, tolerance, checkpoint, progress: see `train_checked`
 ) -> StageResult:
     "Self-labelling (SCAN, section 2.3), undone when it does harm. Raises UserError for a wrong setting."
-    _check_settings(model, images, neighbors, threshold, entropy_weight)
-    g = make_generator(seed, next(model.parameters()).device)
-    optimizer = torch.optim.Adam(model.parameters(), lr, weight_decay=1e-4)
-    ema = None if ema_decay is None else EMA(model, ema_decay)
-    step = _step(model.train(), ema, images, strong, weak, g, threshold, balance, entropy_weight)
-    options = dict(tolerance=.005, epochs=epochs, batch_size=batch_size, generator=g, stop=True) | options
-    return train_checked(model, step, images, neighbors.cpu(), optimizer, result=ema and ema.model, **options)
+    loss = _settings(model, images, neighbors, threshold, balance, soft_targets, entropy_weight, prior, seed)
+    optimizer = _optimizer(model, optimizer, schedule, lr)
+    return _run(model, images, neighbors.cpu(), strong, weak, loss, ema_decay, seed, optimizer,
+                schedule=schedule, epochs=epochs, batch_size=batch_size, **options)
 
 # %% ../nbs/10_selflabel.ipynb #3402bee9
-def _check_settings(model, images, neighbors, threshold, entropy_weight):
-    "Raises UserError for foreign neighbors, or when a setting is out of range."
-    check_neighbors(images, neighbors, model.cluster_head.weight.shape[-1])
+def _settings(model, images, neighbors, threshold, balance, soft, entropy_weight, prior, seed):
+    "Settings of the loss. Raises UserError for foreign neighbors, or when one is out of range."
+    n_clusters, device = model.cluster_head.weight.shape[-1], next(model.parameters()).device
+    check_neighbors(images, neighbors, n_clusters)
     if not 0 <= threshold < 1:
         raise UserError(f'threshold is {threshold}: give a probability, 0 ≤ threshold < 1')
     if entropy_weight < 0: raise UserError(f'entropy_weight is {entropy_weight}: give a number of at least 0')
+    def known(): return embed(model, images).to(device), neighbors.to(device)
+    prior = find_prior(prior, n_clusters, known, seed)
+    return dict(threshold=threshold, balance=balance, soft=soft, entropy_weight=entropy_weight, prior=prior)
+
+# %% ../nbs/10_selflabel.ipynb #5e1fab07
+def _optimizer(model, optimizer, schedule, lr):
+    "Adam, unless an optimizer is given. Raises UserError when one belongs to other weights."
+    if schedule is not None and getattr(schedule, 'optimizer', optimizer) is not optimizer:
+        raise UserError('The schedule belongs to another optimizer: give both, the schedule made for it.')
+    if optimizer is None: return torch.optim.Adam(model.parameters(), lr, weight_decay=1e-4)
+    own = {id(p) for p in model.parameters()}
+    if any(id(p) not in own for group in optimizer.param_groups for p in group['params']):
+        raise UserError('The optimizer holds weights of another model: make it after `select`, of this one.')
+    return optimizer
+
+# %% ../nbs/10_selflabel.ipynb #5e1fab08
+def _run(model, images, neighbors, strong, weak, loss, ema_decay, seed, optimizer, **options):
+    "The stage under watch; its result is the slow teacher, or the model itself."
+    g = make_generator(seed, next(model.parameters()).device)
+    ema = None if ema_decay is None else EMA(model, ema_decay)
+    step = _step(model.train(), ema, images, strong, weak, g, **loss)
+    def health(model): return clustering_health(logits_of(model, images), neighbors, prior=loss['prior'])
+    options = dict(tolerance=.005, stop=True) | options
+    return train_checked(model, step, images, neighbors, optimizer, result=ema and ema.model, health=health,
+                         generator=g, **options)
+
+# %% ../nbs/10_selflabel.ipynb #3b8a7813
+#| eval: false
+if __name__ == '__main__':   # python -m scan_nb.selflabel
+    import sys
+    from scan_nb.cli import main
+    raise SystemExit(main(['selflabel', *sys.argv[1:]]))

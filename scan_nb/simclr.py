@@ -92,12 +92,14 @@ def train_simclr(
     temperature: float = .1,    # of `nt_xent`
     warmup: float = .05,        # share of the updates while the learning rate rises
     seed: int = 0,              # of the order of the images and of their views
+    optimizer: torch.optim.Optimizer|None = None,  # of the model's weights; None: SGD as above
+    schedule: CosineSchedule|None = None,  # of that optimizer; None: the warm-up, then a cosine to 0
     **options,                  # monitor, checkpoint, progress: see `train`
 ) -> list[dict]:                # a row per epoch: epoch, lr, loss, what the monitor gave
     "Learn features by telling twins apart (SimCLR, section 2). Raises UserError without another image."
     generator, steps = make_generator(seed), epochs*steps_per_epoch(len(images), batch_size)
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay)
-    schedule = CosineSchedule(optimizer, steps, round(warmup*steps))
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay)
+    schedule = schedule or CosineSchedule(optimizer, steps, round(warmup*steps))
     with channels_last(model): return train(
         simclr_step(model, images, augment, temperature, generator), len(images), optimizer, epochs=epochs,
         batch_size=batch_size, generator=generator, schedule=schedule, modules=[model], **options)
@@ -118,3 +120,10 @@ def digits_model(
     train_simclr(model, images, SimCLRAugment(8, **DIGITS_VIEWS), epochs=epochs, batch_size=256, lr=.1,
                  temperature=.5, seed=seed)
     return model.eval()
+
+# %% ../nbs/06_simclr.ipynb #ec7a4974
+#| eval: false
+if __name__ == '__main__':   # python -m scan_nb.simclr
+    import sys
+    from scan_nb.cli import main
+    raise SystemExit(main(['simclr', *sys.argv[1:]]))

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['devices', 'pick_device', 'autocast', 'make_generator', 'seeded', 'seed_everything', 'steps_per_epoch', 'batches',
-           'cosine_factor', 'CosineSchedule', 'update', 'check_finite', 'Progress', 'Run', 'train_epoch', 'check_plain',
-           'read_state', 'Checkpoint', 'save_run', 'load_run', 'epochs_left', 'finish_epoch', 'train']
+           'cosine_factor', 'CosineSchedule', 'StepSchedule', 'update', 'check_finite', 'Progress', 'Run',
+           'train_epoch', 'check_plain', 'read_state', 'Checkpoint', 'save_run', 'load_run', 'epochs_left',
+           'finish_epoch', 'train']
 
 # %% ../nbs/03_training.ipynb #84f76adb
 import math, random, sys, time, zipfile
@@ -132,6 +133,24 @@ class CosineSchedule:
     def load_state_dict(self, state):
         if state['plan'] != self.plan: raise UserError(f"the plan was {state['plan']}, now {self.plan}")
         self.base, self.t = list(state['base']), state['t']; self.apply()
+
+# %% ../nbs/03_training.ipynb #302bb617
+class StepSchedule(CosineSchedule):
+    "Multiplies the learning rate by `rate` after each of some numbers of updates. Raises UserError likewise."
+    def __init__(self,
+        optimizer: torch.optim.Optimizer, # its learning rates are the highest
+        at: Iterable[int],  # numbers of updates, ≥ 0
+        rate: float = .1,   # factor, 0 ≤ rate ≤ 1
+        warmup: int = 0,    # updates of linear rise, ≥ 0
+    ):
+        self.optimizer, self.plan, self.t = optimizer, dict(at=list(at), rate=rate, warmup=warmup), 0
+        if not (min([0, warmup, *self.plan['at']]) >= 0 <= rate <= 1):
+            raise UserError(f'Schedule: at ≥ 0, 0 ≤ rate ≤ 1, warmup ≥ 0, not {self.plan}.')
+        self.base = [group['lr'] for group in optimizer.param_groups]; self.apply()
+    def apply(self):
+        rise = min(1., (self.t + 1)/max(1, self.plan['warmup']))
+        factor = rise*self.plan['rate']**sum(self.t >= n for n in self.plan['at'])
+        for group, lr in zip(self.optimizer.param_groups, self.base): group['lr'] = lr*factor
 
 # %% ../nbs/03_training.ipynb #5ff79ba2
 def update(

@@ -369,6 +369,67 @@ def test_strong_crop_takes_whole_pixels():
     for view, image, (left, top) in zip(augment.render(x, p), to_float(x), p['corner'].int().tolist()):
         assert_close(view, image[:, top:top + 12, left:left + 12], atol=1e-5, rtol=0)
 
+# ---- round views and chosen operations
+
+def inside(size):
+    "Pixels whose center lies in the inscribed circle, one by one."
+    return torch.tensor([[math.hypot(i + .5 - size/2, j + .5 - size/2) <= size/2 for j in range(size)]
+                         for i in range(size)])
+
+@pytest.mark.parametrize('size', [1, 2, 3, 7, 8, 31, 32, 96])
+def test_disc_mask_is_the_inscribed_circle(size):
+    mask = A.disc_mask(size)
+    assert mask.dtype == torch.float32 and torch.equal(mask, inside(size).float())
+    assert torch.equal(mask, mask.rot90()) and torch.equal(mask, mask.flip(0))
+
+def filled(size, **kw): return StrongAugment(size, fill=1., **kw)
+
+ROUND = {'simclr': SimCLRAugment, 'everything': everything, 'strong': filled}
+
+@pytest.mark.parametrize('name', ROUND)
+@quick
+@given(st.integers(1, 7), st.sampled_from([1, 3]), st.integers(8, 20), st.integers(0, 6), st.integers(0, 999))
+def test_disc_blackens_the_outside_and_changes_nothing_inside(name, n, c, size, more, seed):
+    x = images(n, c, size + more, size + more, seed)
+    plain, disc = (ROUND[name](size, disc=on)(x, generator(seed)) for on in (False, True))
+    where = inside(size).expand_as(plain)
+    assert (disc[~where] == 0).all() and torch.equal(disc[where], plain[where])
+
+def test_disc_is_no_parameter_and_moves_with_the_augmentation():
+    augment = SimCLRAugment(8, disc=True)
+    assert not augment.state_dict() and 'disc=True' in repr(augment)
+    assert augment.mask.shape == (8, 8) and augment.to('meta').mask.device.type == 'meta'
+    assert StrongAugment(8).mask is None
+
+def test_ops_are_drawn_evenly_from_those_named():
+    names = ('brightness', 'rotate', 'sharpness')
+    p = StrongAugment(8, ops=names).draw(torch.empty(6000, 1, 8, 8, device='meta'), generator())
+    counts = torch.bincount(p['ops'][:, 1:].flatten(), minlength=14)/24000
+    found = {name: float(share) for name, share in zip(STRONG_OPS, counts) if share}
+    assert found.keys() == set(names)
+    assert all(share == pytest.approx(1/3, abs=.015) for share in found.values())
+    for k, (_, (low, high)) in enumerate(STRONG_OPS.values()):
+        amounts = p['amounts'][:, 1:][p['ops'][:, 1:] == k]
+        if len(amounts): assert low <= amounts.min() < low + .05*(high - low) and amounts.max() <= high
+
+def test_all_ops_named_is_the_same_as_none():
+    x = images(50, 3, 12, 12)
+    a, b = (StrongAugment(12, ops=ops)(x, generator(5)) for ops in (None, list(STRONG_OPS)))
+    assert torch.equal(a, b)
+
+def test_one_op_alone_is_that_op():
+    x, augment = images(30, 1, 12, 12), StrongAugment(12, n_ops=1, cutout=0, flip_p=0., ops=('contrast',))
+    p = augment.draw(x, generator(2))
+    assert_close(augment.render(x, p), A.contrast(to_float(x), p['amounts'][:, 1]))
+
+BAD_OPS = [(('rotated',), "did you mean 'rotate'"), (('hue', 'rotate'), "'hue'"), ((), 'ops is'),
+           ('rotate', 'ops is'), ((3,), '3'), (('identity', ''), "''")]
+
+@pytest.mark.parametrize('ops, word', BAD_OPS, ids=str)
+def test_unknown_ops_are_named(ops, word):
+    with pytest.raises(UserError, match=word) as error: StrongAugment(8, ops=ops)
+    assert '\n' not in str(error.value)
+
 def test_settings_survive_a_state_dict_and_print():
     augment = SimCLRAugment(28, flip_p=0., rotation=15)
     assert not augment.state_dict() and 'rotation=15' in repr(augment) and isinstance(hash(augment), int)

@@ -118,7 +118,7 @@ def test_moves():
     ('need 4 labels', dict(labels=[0, 1, 2])),
     ('need 4 labels', dict(labels=torch.zeros(4, 1, dtype=int))),
     ('whole numbers', dict(labels=[0., 1., 2., 3.])),
-    ('count from 0', dict(labels=[0, -1, 1, 1])),
+    ('one of them is -2', dict(labels=[0, -2, 1, 1])),
     ('Label 3 has no name', dict(labels=[0, 1, 2, 3], classes=['a', 'b', 'c'])),
     ('need 4 paths', dict(paths=['a.png']))])
 def test_inconsistent_set(words, change):

@@ -6,7 +6,8 @@ from hypothesis import given, settings, strategies as st
 from scan_nb import neighbors
 from scan_nb.data import UserError, digits
 from scan_nb.models import ClusteringModel, ContrastiveModel, small_resnet
-from scan_nb.neighbors import cosine_blocks, embed, mine_neighbors, neighbor_accuracy, unit_rows, weighted_knn
+from scan_nb.neighbors import (cosine_blocks, embed, embed_views, mine_neighbors, mutual_neighbors,
+                               neighbor_accuracy, unit_rows, weighted_knn)
 from torch import nn
 
 @pytest.fixture(autouse=True)
@@ -301,3 +302,101 @@ def test_on_cuda():
     assert 0 <= neighbor_accuracy(found, labels) <= 1
     features = embed(contrastive().cuda(), IMAGES)
     assert features.device.type == 'cpu' and features.dtype == torch.float32
+
+# ---- mutual ------------------------------------------------------------------------------------------------
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(2, 25), share=st.floats(0, 1), seed=st.integers(0, 10**6))
+def test_mutual_is_the_loop(n, share, seed):
+    near = mine_neighbors(normal(n, 3, seed=seed), 1+int(share*(n-2)))
+    k, found = near.shape[1], mutual_neighbors(near)
+    assert found.shape == near.shape and found.dtype == torch.int64
+    for i, row in enumerate(near.tolist()):
+        own = [j for j in row if i in near[j].tolist()] or row[:1]
+        assert found[i].tolist() == (own*k)[:k]
+
+def test_mutual_of_everybody_changes_nothing():
+    near = mine_neighbors(normal(12, 3), 11)
+    assert torch.equal(mutual_neighbors(near), near)
+    assert torch.equal(mutual_neighbors(mutual_neighbors(near)), near)
+
+@pytest.mark.parametrize('wrong', [torch.tensor([0, 1]), torch.tensor([[1], [2]]), torch.tensor([[1], [-1]]),
+                                   torch.zeros(3, 0, dtype=torch.int64)])
+def test_mutual_of_no_table(wrong):
+    with pytest.raises(UserError, match='Neighbors must be N×k'): mutual_neighbors(wrong)
+
+# ---- near copies in time -----------------------------------------------------------------------------------
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(3, 30), span=st.integers(1, 40), window=st.integers(0, 12), seed=st.integers(0, 10**6),
+       block=st.integers(1, 200))
+def test_the_window_is_the_brute_force(n, span, window, seed, block):
+    x = normal(n, 4, seed=seed)
+    times = torch.randint(span, (n,), generator=torch.Generator().manual_seed(seed))
+    near = (times[:, None]-times).abs() <= window
+    k = int((~near).sum(1).min())
+    if k == 0:
+        with pytest.raises(UserError, match='1 neighbors are asked for, but image'):
+            mine_neighbors(x, 1, times=times, window=window)
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbors, 'BLOCK', block)
+        found = mine_neighbors(x, k, times=times, window=float(window))
+    cosine = np.where(near.numpy(), -3, cosines(x))
+    assert found.shape == (n, k) and not near.gather(1, found).any()
+    ours = np.take_along_axis(cosine, found.numpy(), 1)
+    np.testing.assert_allclose(ours, -np.sort(-cosine, 1)[:, :k], atol=1e-5)
+
+def test_seconds_since_1970_keep_their_tenths():
+    x, times = torch.ones(4, 2), 1.7e9 + torch.tensor([0., .1, .3, .4], dtype=torch.float64)
+    assert mine_neighbors(x, 1, times=times, window=.15).flatten().tolist()[0] in (2, 3)
+    assert mine_neighbors(x, 2, times=times.numpy(), window=.15)[0].sort().values.tolist() == [2, 3]
+
+def test_a_window_of_nothing_parts_images_of_the_same_second():
+    x = normal(10, 4)
+    assert torch.equal(mine_neighbors(x, 3, times=torch.arange(10), window=0), mine_neighbors(x, 3))
+    times = torch.arange(10)//2
+    assert (times[mine_neighbors(x, 8, times=times)] != times[:, None]).all()
+
+@pytest.mark.parametrize('change, message', [
+    (dict(times=None), 'A window of 2 s needs `times`'), (dict(times=torch.arange(19)), '20 finite numbers'),
+    (dict(times=torch.full((20,), torch.nan)), '20 finite numbers'),
+    (dict(index='ivf'), "need the index 'exact'"),
+    (dict(window=-1.), 'must be at least 0'), (dict(window=float('nan')), 'must be at least 0'),
+    (dict(k=18), '18 neighbors are asked for, but image 2 has only 15 others more than 2 s away')])
+def test_impossible_windows(change, message):
+    arguments = dict(embeddings=normal(20, 3), k=5, times=torch.arange(20), window=2.)
+    with pytest.raises(UserError, match=message): mine_neighbors(**{**arguments, **change})
+
+# ---- views -------------------------------------------------------------------------------------------------
+
+def noise(x, generator): return (x/255. + .1*torch.rand(x.shape, generator=generator)).clamp(0, 1)
+
+def test_mean_of_views_is_the_mean_of_unit_views():
+    model, g = contrastive().train(), lambda: torch.Generator().manual_seed(3)
+    views = embed_views(model, IMAGES, noise, 3, 32, g())
+    assert views.shape == (3, 70, 8) and views.dtype == torch.float32 and not torch.equal(views[0], views[1])
+    mean = embed(model, IMAGES, 32, augment=noise, n_views=3, generator=g())
+    torch.testing.assert_close(mean, torch.stack([unit_rows(v) for v in views]).mean(0))
+    assert model.training and not mean.requires_grad
+    with torch.no_grad(): first = model.eval().embed(noise(IMAGES[:32], g()))
+    torch.testing.assert_close(views[0, :32], first)
+
+def test_views_are_the_same_each_time_without_a_generator():
+    model, before = contrastive(), torch.get_rng_state()
+    assert torch.equal(embed_views(model, IMAGES, noise, 2), embed_views(model, IMAGES, noise, 2))
+    assert torch.equal(embed(model, IMAGES, augment=noise), embed(model, IMAGES, augment=noise))
+    assert torch.equal(before, torch.get_rng_state())
+
+def test_views_that_change_nothing():
+    model = contrastive()
+    same = embed_views(model, IMAGES, lambda x, g: x, 2)
+    assert torch.equal(same[0], embed(model, IMAGES)) and torch.equal(same[1], same[0])
+
+def test_impossible_views():
+    with pytest.raises(UserError, match='4 views of each image need `augment`'):
+        embed(contrastive(), IMAGES, n_views=4)
+    for call in (embed, embed_views):
+        with pytest.raises(UserError, match='n_views must be at least 1, not 0'):
+            call(contrastive(), IMAGES, augment=noise, n_views=0)
+    with pytest.raises(UserError, match='no image'): embed_views(contrastive(), IMAGES[:0], noise)

@@ -94,8 +94,11 @@ def test_exports_the_module_of_its_name(path):
     assert named == ([path.stem.partition('_')[2]] if room(path.stem) < 99 else [])
 
 def imported(tree):
-    "The modules of scan_nb that a piece of code imports, at its top or inside a function."
+    "The modules of scan_nb that a piece of code imports, at its top or inside a function; not as a program."
+    programs = [n for n in ast.walk(tree) if isinstance(n, ast.If) and '__main__' in ast.unparse(n.test)]
+    inside = {id(n) for p in programs for n in ast.walk(p)}
     for node in ast.walk(tree):
+        if id(node) in inside: continue
         if isinstance(node, ast.Import): names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = '.'.join(filter(None, ['scan_nb' if node.level else '', node.module]))

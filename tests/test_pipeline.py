@@ -1,5 +1,6 @@
 "The estimator and the run folder: kill and continue, equal runs, no label used, every bad input refused."
-import csv, inspect, io, json, os, signal, subprocess, sys, textwrap
+import csv, inspect, io, json, os, shutil, signal, subprocess, sys, textwrap
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pytest, torch, yaml
@@ -87,7 +88,7 @@ def test_metrics(whole, data):
 
 def test_recipe_says_all_that_was_done(whole):
     recipe = yaml.safe_load((whole[1]/'recipe.yml').read_text())
-    assert None not in recipe['settings'].values()
+    assert {name for name, value in recipe['settings'].items() if value is None} == {'prior'}   # all equal
     assert recipe['settings']['stem_stride'] == 1 and recipe['settings']['device'] == 'cpu'
     assert recipe['data']['images'] == 96 and recipe['data']['shape'] == [1, 8, 8]
     assert not {'out', 'progress'} & recipe['settings'].keys()
@@ -318,7 +319,7 @@ def test_an_empty_folder_is_fine(data, tmp_path):
     (dict(backbone='resnet9000'), 'resnet9000'), (dict(widths=[]), 'widths'), (dict(widths=[8, 0]), 'widths'),
     (dict(widths='wide'), 'widths'), (dict(views=3), 'views'),
     (dict(views=dict(flip=0)), "no setting 'flip'"),
-    (dict(strong=dict(ops=1)), "no setting 'ops'"), (dict(views=dict(flip_p=2)), 'flip_p'),
+    (dict(strong=dict(opz=1)), "no setting 'opz'"), (dict(views=dict(flip_p=2)), 'flip_p'),
     (dict(device='tpu'), 'tpu'), (dict(device='cuda:99'), 'cuda:99'), (dict(size=4), '4×4'),
     (dict(threshold=1.), 'threshold'), (dict(selflabel_lr=-1), 'selflabel_lr')])
 def test_wrong_settings(data, tmp_path, change, said):
@@ -348,7 +349,7 @@ def test_one_image(data):
     with pytest.raises(UserError, match='only one image'): SCAN(**TINY).fit(data[:1])
 
 def test_wrong_labels(data):
-    for labels in (data.labels[:5], data.labels - 1, data.labels + .5, data.labels[None]):
+    for labels in (data.labels[:5], data.labels - 2, data.labels + .5, data.labels[None]):
         with pytest.raises(UserError): SCAN(**TINY).fit(data, labels=labels)
 
 def test_wrong_images_for_a_fitted_model(whole, data):
@@ -507,3 +508,47 @@ def test_resolve_leaves_explicit_numbers():
     out = resolve(given, 1000, 96, torch.device('cpu'))
     assert out['pretext_epochs'] == 7 and out['stem_stride'] == 2 and out['widths'] == [5]
     assert resolve(SCAN().get_params(), 1000, 8, torch.device('cpu'))['stem_stride'] == 1
+
+# -- switches --
+
+SWITCHES = [dict(pretext='moco'), dict(mutual=True), dict(n_views=2), dict(prior='estimate'),
+            dict(prior=[.5, .3, .2]), dict(remine_every=1), dict(soft_targets=True), dict(ema_decay=None),
+            dict(backbone='resnet18')]
+
+@pytest.fixture(scope='module')
+def plain(data): return SCAN(**TINY, threshold=.4).fit(data)
+
+@pytest.mark.parametrize('switch', SWITCHES, ids=lambda s: '-'.join(f'{k}={v}' for k, v in s.items()))
+def test_each_switch_reaches_the_result(switch, plain, data):
+    "A run with the switch ends, goes another way than the one without, and tells its recipe."
+    scan = SCAN(**TINY | switch, threshold=.4).fit(data)
+    assert scan.history_ != plain.history_
+    assert {k: scan.recipe_['settings'][k] for k in switch} == switch
+
+def test_a_time_window_needs_times(data):
+    with pytest.raises(UserError, match='time'): SCAN(**TINY, time_window=60.).fit(data)
+    timed = replace(data, times=torch.arange(96).double()*60)
+    near = torch.from_numpy(SCAN(**TINY, time_window=150.).fit(timed).neighbors_)
+    assert ((timed.times[near] - timed.times[:, None]).abs() > 150).all()
+
+@pytest.mark.parametrize('wrong, word', [
+    (dict(pretext='byol'), 'simclr'), (dict(backbone='resnet19'), 'resnet18'),
+    (dict(prior=[.5, .5]), 'prior'),
+    (dict(n_views=-1), 'n_views'), (dict(time_window=-1.), 'time_window'), (dict(ema_decay=1.), 'ema_decay')])
+def test_a_wrong_switch_is_named(wrong, word, data):
+    with pytest.raises(UserError, match=word): SCAN(**TINY | wrong).fit(data)
+
+def test_a_run_from_before_a_setting_existed_goes_on(whole, data, tmp_path):
+    folder = tmp_path/'run'
+    shutil.copytree(whole[1], folder)
+    recipe = yaml.safe_load((folder/'recipe.yml').read_text())
+    for name in ('pretext', 'mutual', 'prior'): del recipe['settings'][name]
+    (folder/'recipe.yml').write_text(yaml.safe_dump(recipe))
+    assert (SCAN(**TINY, out=folder).fit(data).labels_ == whole[0].labels_).all()
+    with pytest.raises(UserError, match='mutual: False → True'):
+        SCAN(**TINY, out=folder, mutual=True).fit(data)
+
+def test_unlabeled_images_among_labeled_ones(data):
+    partly = replace(data, labels=data.labels.clone().index_fill_(0, torch.arange(0, 96, 2), -1))
+    metrics = SCAN(**TINY).fit(partly).metrics_
+    assert 0 < metrics['acc'] <= 1

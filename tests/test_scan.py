@@ -1,6 +1,6 @@
 "The SCAN loss, its heads and the stage that trains the whole network."
 
-import copy, math
+import copy, itertools, math
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import normalized_mutual_info_score
@@ -13,8 +13,11 @@ from scan_nb.scan import (
     choose_head,
     clustering_health,
     diagnose,
+    estimate_prior,
+    find_prior,
     got_worse,
     head_agreement,
+    logits_of,
     mean_entropy,
     random_partners,
     scan_loss,
@@ -23,7 +26,7 @@ from scan_nb.scan import (
     unstandardize,
     validate_scan,
 )
-from scan_nb.training import Checkpoint, make_generator
+from scan_nb.training import Checkpoint, CosineSchedule, make_generator
 
 
 def reference(a, b, weight):
@@ -305,3 +308,257 @@ def test_stage_refuses_foreign_neighbors(small):
     images, neighbors, model, views = small
     with pytest.raises(UserError, match='do not belong to 100 images'):
         train_scan(copy.deepcopy(model), images[:100], neighbors, views, epochs=1)
+
+
+# ---- a prior in place of equal sizes
+
+
+def balance(mean, prior):
+    "ln C - KL, of the matching of clusters and sizes with the smallest KL, by trying all; float64."
+    prior, c = prior / prior.sum(), len(prior)
+    orders = itertools.permutations(range(c))
+    return max(math.log(c) - np.sum(mean * np.log(mean / prior[list(o)])) for o in orders)
+
+
+@given(seed=st.integers(0, 10**6), b=st.integers(1, 20), c=st.integers(2, 5), scale=st.floats(0.01, 5))
+@settings(max_examples=40, deadline=None)
+def test_prior_is_the_smallest_kl_of_all_matchings(seed, b, c, scale):
+    a, n, g = draw(seed, b, c, scale=scale), draw(seed + 1, b, c, scale=scale), make_generator(seed)
+    prior = torch.rand(c, generator=g) + 0.01
+    loss, (_, consistency, _) = scan_loss(a, n, 5.0, prior), reference(a, n, 5.0)
+    exact = balance(a.double().softmax(-1).mean(0).numpy(), prior.double().numpy())
+    assert loss.entropy.item() == pytest.approx(exact, abs=1e-4) and exact <= math.log(c) + 1e-9
+    assert loss.total.item() == pytest.approx(consistency - 5 * exact, abs=1e-3)
+
+
+@given(seed=st.integers(0, 10**6), heads=st.integers(1, 3), c=st.integers(2, 8), size=st.floats(0.1, 100))
+@settings(max_examples=30, deadline=None)
+def test_neither_the_order_nor_the_unit_of_a_prior_matters(seed, heads, c, size):
+    a, n, g = draw(seed, heads, 20, c), draw(seed + 1, heads, 20, c), make_generator(seed)
+    prior, order = torch.rand(c, generator=g) + 0.1, torch.randperm(c, generator=g)
+    expected, other_unit = scan_loss(a, n, 5.0, prior), size * prior[order]
+    for found in (scan_loss(a[..., order], n[..., order], 5.0, prior), scan_loss(a, n, 5.0, other_unit)):
+        for x, y in zip(found, expected):
+            torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-5)
+    equal, plain = scan_loss(a, n, 5.0, torch.full((c,), size)), scan_loss(a, n, 5.0)
+    for x, y in zip(equal, plain):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+
+
+def test_prior_has_a_gradient_everywhere():
+    prior, neighbor = torch.tensor([5.0, 3.0, 1.0]), draw(1, 6, 3)
+    for logits in (torch.zeros(6, 3), 1e4 * torch.eye(3)[[0] * 6], draw(0, 6, 3)):
+        x = logits.clone().requires_grad_()
+        scan_loss(x, neighbor, 5.0, prior).total.backward()
+        assert torch.isfinite(x.grad).all() and (x.grad.abs().sum() > 0) == (logits.max() < 1e3)
+    x = draw(0, 6, 3).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: mean_entropy(x.log_softmax(-1), prior), x)
+
+
+def test_validation_and_health_know_the_prior(blobs):
+    _, neighbors, labels = blobs
+    sure = 30 * torch.eye(5)[torch.tensor([0, 0, 0, 3, 4])[labels]]
+    prior = torch.tensor([0.2, 0.6, 0.2, 1e-4, 1e-4])
+    loss = validate_scan(sure, neighbors, 5.0, prior=prior)
+    assert loss.total.item() == pytest.approx(-5 * math.log(5), abs=0.01)
+    assert validate_scan(sure, neighbors, 5.0).total > loss.total + 1
+    assert clustering_health(sure, neighbors, prior=prior)['effective_clusters'] == pytest.approx(5, abs=0.01)
+    assert diagnose(clustering_health(sure, neighbors, prior=prior), 5) == ''
+    assert clustering_health(sure, neighbors)['effective_clusters'] < 3
+    assert clustering_health(sure, neighbors, prior=prior)['val_loss'] == pytest.approx(loss.total.item())
+
+
+@pytest.mark.parametrize(
+    'wrong',
+    ['guess', [1, 2], torch.ones(4), torch.tensor([1, 1, 0.0]), torch.tensor([1, math.nan, 1]), [[1, 1, 1]]],
+)
+def test_wrong_priors(wrong):
+    with pytest.raises(UserError, match="prior must be 'estimate' or 3 class sizes above 0"):
+        find_prior(wrong, 3, None)
+
+
+def test_prior_in_numbers():
+    assert find_prior(None, 3, None) is None
+    torch.testing.assert_close(find_prior([6, 3, 1], 3, None), torch.tensor([0.6, 0.3, 0.1]))
+    assert find_prior(np.array([1.0, 1.0]), 2, None).tolist() == [0.5, 0.5]
+
+
+@pytest.fixture(scope='module')
+def uneven(blobs):
+    "80, 40, 20, 10 and 5 points in five separate groups."
+    z = draw(0, 5, 8, scale=5.0).repeat_interleave(torch.tensor([80, 40, 20, 10, 5]), 0)
+    z = z + draw(1, 155, 8, scale=0.3)
+    return z, mine_neighbors(z, 4), torch.arange(5).repeat_interleave(torch.tensor([80, 40, 20, 10, 5]))
+
+
+def test_sizes_of_separate_groups_are_found_without_labels(uneven):
+    z, _, labels = uneven
+    found = estimate_prior(z[torch.randperm(155, generator=make_generator(0))], 5)
+    torch.testing.assert_close(found, labels.bincount() / 155)
+    assert estimate_prior(torch.eye(6).repeat(2, 1), 6).tolist() == pytest.approx([1 / 6] * 6)
+    outlier = torch.cat([z[:80], -100 * torch.ones(1, 8)])
+    assert estimate_prior(outlier, 2)[1] == pytest.approx(0.05 / (0.05 + 80 / 81))
+
+
+def test_heads_with_a_prior_find_groups_of_unequal_size(uneven):
+    z, neighbors, labels = uneven
+    options = dict(n_heads=16, epochs=60, batch_size=75)
+    for prior in ('estimate', labels.bincount()):
+        found = train_heads(z, neighbors, 5, prior=prior, **options)
+        with torch.no_grad():
+            clusters = found.heads(z)[found.best].argmax(-1)
+        assert cluster_metrics(clusters, labels)['acc'] > 0.95
+        torch.testing.assert_close(found.prior, labels.bincount() / 155)
+    equal = train_heads(z, neighbors, 5, **options)
+    assert equal.prior is None
+    with torch.no_grad():
+        clusters = equal.heads(z)[equal.best].argmax(-1)
+    assert cluster_metrics(clusters, labels)['acc'] < 0.8
+
+
+# ---- cached views
+
+
+def test_one_view_that_is_the_image_changes_only_the_draws(blobs):
+    z, neighbors, labels = blobs
+    options = dict(n_heads=4, epochs=30, batch_size=64)
+    views = torch.stack([z, z + 0.1 * draw(5, *z.shape)])
+    a, b = (train_heads(z, neighbors, 5, views=views, **options) for _ in range(2))
+    assert torch.equal(a.heads.weight, b.heads.weight)
+    assert not torch.equal(a.heads.weight, train_heads(z, neighbors, 5, **options).heads.weight)
+    with torch.no_grad():
+        assert cluster_metrics(a.heads(z)[a.best].argmax(-1), labels)['acc'] == 1
+
+
+def test_all_views_are_used_by_anchor_and_neighbor(blobs):
+    z, neighbors, _ = blobs
+    views = torch.stack([z, z, torch.full_like(z, torch.nan)])
+    with pytest.raises(FloatingPointError):
+        train_heads(z, neighbors, 5, views=views, n_heads=1, epochs=1)
+
+
+def test_views_of_other_embeddings(blobs):
+    z, neighbors, _ = blobs
+    for wrong in (z, z[None, :-1], z[None, :, :-1]):
+        with pytest.raises(UserError, match='do not belong to embeddings of shape'):
+            train_heads(z, neighbors, 5, views=wrong, n_heads=1, epochs=1)
+
+
+# ---- switches of the stage
+
+
+def several(model, n_heads=3):
+    torch.manual_seed(1)
+    many = ClusteringModel(copy.deepcopy(model.backbone), 10, n_heads)
+    return many
+
+
+def test_head_only_leaves_the_backbone_alone(small):
+    images, neighbors, model, views = small
+    trained = several(model, 1)
+    before = copy.deepcopy(trained.state_dict())
+    train_scan(trained, images, neighbors, views, epochs=2, batch_size=50, lr=1e-2, head_only=True)
+    for name, x in trained.state_dict().items():
+        assert torch.equal(x, before[name]) == name.startswith('backbone'), name
+    assert all(p.grad is None and p.requires_grad for p in trained.backbone.parameters())
+    sgd = torch.optim.SGD(trained.parameters(), lr=0.1, weight_decay=0.1)
+    train_scan(trained, images, neighbors, views, epochs=1, batch_size=50, head_only=True, optimizer=sgd)
+    assert all(torch.equal(x, before[n]) for n, x in trained.state_dict().items() if n.startswith('backbone'))
+
+
+def test_of_several_heads_the_best_stays(small):
+    images, neighbors, model, views = small
+    trained, seen = several(model), []
+    def look(epoch):
+        seen.append(validate_scan(logits_of(trained, images, head=None), neighbors).total)
+    result = train_scan(trained, images, neighbors, views, epochs=2, batch_size=50, lr=1e-2, monitor=look,
+                        tolerance=2.0)
+    assert result.kept and trained.cluster_head.weight.shape[0] == 1 and not trained.training
+    assert result.history[-1]['head'] == seen[-1].argmin()
+    assert result.history[-1]['val_loss'] == pytest.approx(seen[-1].min().item(), abs=1e-4)
+    left = validate_scan(logits_of(trained, images), neighbors).total
+    assert left.item() == pytest.approx(seen[-1].min().item(), abs=1e-4)
+
+
+def test_several_heads_that_were_ruined_give_the_best_of_before(small):
+    images, neighbors, model, views = small
+    trained, start = several(model), several(model)
+    losses = validate_scan(logits_of(start, images, head=None), neighbors).total
+    result = train_scan(trained, images, neighbors, views, epochs=1, batch_size=50, tolerance=-9.0)
+    assert not result.kept
+    assert torch.equal(trained.cluster_head.weight[0], start.cluster_head.weight[losses.argmin()])
+
+
+def test_all_logits(small):
+    images, _, model, _ = small
+    many = several(model)
+    every = logits_of(many, images, 64, head=None)
+    assert every.shape == (3, 200, 10)
+    for head in range(3):
+        torch.testing.assert_close(logits_of(many, images, head=head), every[head])
+    assert torch.equal(logits_of(many, images), logits_of(many, images, head=0))
+
+
+def test_ready_made_optimizer_and_schedule(small):
+    images, neighbors, model, views = small
+    options = dict(epochs=2, batch_size=50, seed=1)
+    ours, theirs = several(model, 1), several(model, 1)
+    train_scan(ours, images, neighbors, views, lr=1e-3, **options)
+    adam = torch.optim.Adam(theirs.parameters(), 1e-3, weight_decay=1e-4)
+    train_scan(theirs, images, neighbors, views, optimizer=adam, **options)
+    assert all(torch.equal(x, y) for x, y in zip(ours.state_dict().values(), theirs.state_dict().values()))
+    sgd = torch.optim.SGD(theirs.parameters(), 0.01)
+    constant = CosineSchedule(sgd, 8, final=1.0)
+    rows = train_scan(theirs, images, neighbors, views, optimizer=sgd, schedule=constant, **options).history
+    assert [row['lr'] for row in rows] == [0.01, 0.01] and constant.t == 8
+    for wrong in (None, adam):
+        with pytest.raises(UserError, match='belongs to another optimizer'):
+            train_scan(theirs, images, neighbors, views, optimizer=wrong, schedule=constant, **options)
+
+
+def test_neighbors_are_mined_anew_when_due(small):
+    images, neighbors, model, views = small
+    calls = []
+
+    def mine(z, k):
+        calls.append(z)
+        return mine_neighbors(z, k)
+
+    trained, states = several(model, 1), []
+    train_scan(trained, images, neighbors, views, epochs=5, batch_size=50, lr=1e-3, remine_every=2, mine=mine,
+               monitor=lambda epoch: states.append(embed(trained, images)), tolerance=2.0)
+    assert len(calls) == 2
+    torch.testing.assert_close(calls[0], states[1])
+    torch.testing.assert_close(calls[1], states[3])
+    plain, later = several(model, 1), several(model, 1)
+    options = dict(batch_size=50, lr=1e-3, tolerance=2.0)
+    a = train_scan(plain, images, neighbors, views, epochs=3, **options).history
+    b = train_scan(later, images, neighbors, views, epochs=3, remine_every=2, **options).history
+    assert a[:2] == b[:2] and a[2] != b[2]
+    with pytest.raises(UserError, match='remine_every is -1'):
+        train_scan(plain, images, neighbors, views, remine_every=-1)
+    with pytest.raises(UserError, match='do not belong'):
+        wrong = dict(epochs=1, remine_every=1, mine=lambda z, k: z[:, :k].long() - 9)
+        train_scan(plain, images, neighbors, views, **wrong)
+
+
+def test_mined_neighbors_and_heads_resume_to_the_bit(small, tmp_path):
+    images, neighbors, model, views = small
+    options = dict(epochs=4, batch_size=50, lr=1e-2, seed=1, remine_every=2, prior='estimate', tolerance=2.0)
+    whole, first, again = several(model), several(model), several(model)
+    a = train_scan(whole, images, neighbors, views, **options)
+    checkpoint = dict(checkpoint=Checkpoint(tmp_path / 'scan.pt'))
+
+    def kill(epoch):
+        if epoch == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_scan(first, images, neighbors, views, monitor=kill, **checkpoint, **options)
+    b = train_scan(again, images, neighbors, views, **checkpoint, **options)
+    finished = several(model)
+    c = train_scan(finished, images, neighbors, views, **checkpoint, **options)
+    for trained, result in ((again, b), (finished, c)):
+        assert result.history == a.history
+        for x, y in zip(whole.state_dict().values(), trained.state_dict().values(), strict=True):
+            assert torch.equal(x, y)

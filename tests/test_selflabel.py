@@ -10,15 +10,15 @@ from scan_nb.models import ClusteringModel, small_resnet
 from scan_nb.neighbors import embed, mine_neighbors
 from scan_nb.scan import logits_of, train_heads
 from scan_nb.selflabel import EMA, confident_cross_entropy, train_selflabel
-from scan_nb.training import Checkpoint, make_generator
+from scan_nb.training import Checkpoint, CosineSchedule, make_generator
 
 
 def draw(seed, *shape, scale=3.0):
     return torch.randn(*shape, generator=make_generator(seed)) * scale
 
 
-def reference(weak, strong, threshold, balance):
-    "Float64, image by image."
+def reference(weak, strong, threshold, balance, soft):
+    "Float64, image by image, with soft or hard targets."
     p, q = weak.double().softmax(1).numpy(), strong.double().softmax(1).numpy()
     rows = [i for i in range(len(p)) if p[i].max() > threshold]
     if not rows:
@@ -26,7 +26,8 @@ def reference(weak, strong, threshold, balance):
     labels = {i: int(p[i].argmax()) for i in rows}
     count = np.bincount(list(labels.values()), minlength=p.shape[1])
     weight = {i: 1 / count[y] if balance else 1.0 for i, y in labels.items()}
-    return sum(-weight[i] * np.log(q[i, labels[i]]) for i in rows) / sum(weight.values())
+    lesson = {i: p[i] if soft else np.eye(p.shape[1])[labels[i]] for i in rows}
+    return sum(-weight[i] * (lesson[i] * np.log(q[i])).sum() for i in rows) / sum(weight.values())
 
 
 @given(
@@ -35,15 +36,16 @@ def reference(weak, strong, threshold, balance):
     c=st.integers(2, 8),
     threshold=st.floats(0, 0.99),
     balance=st.booleans(),
+    soft=st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
-def test_loss_equals_brute_force(seed, b, c, threshold, balance):
+def test_loss_equals_brute_force(seed, b, c, threshold, balance, soft):
     weak, strong = draw(seed, b, c), draw(seed + 1, b, c)
     if (weak.softmax(1).amax(1) - threshold).abs().min() < 1e-6:
         return  # a tie with the threshold
     ours, exact = (
-        confident_cross_entropy(weak, strong, threshold, balance),
-        reference(weak, strong, threshold, balance),
+        confident_cross_entropy(weak, strong, threshold, balance, soft),
+        reference(weak, strong, threshold, balance, soft),
     )
     if exact is None:
         assert ours is None
@@ -56,6 +58,17 @@ def test_teacher_gets_no_gradient_and_balance_evens_the_classes():
     strong = torch.zeros(10, 2, requires_grad=True)
     confident_cross_entropy(weak.detach(), strong, 0.9).backward()
     assert strong.grad[:9, 0].sum().item() == pytest.approx(strong.grad[9, 1].item())
+
+
+@given(seed=st.integers(0, 10**6), b=st.integers(1, 20), c=st.integers(2, 6), balance=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_soft_targets_are_learned_when_the_student_agrees(seed, b, c, balance):
+    teacher = draw(seed, b, c)
+    student = teacher.clone().requires_grad_()
+    confident_cross_entropy(teacher, student, 0.0, balance, soft=True).backward()
+    assert student.grad.abs().max() < 1e-6
+    other = confident_cross_entropy(teacher, draw(seed + 1, b, c), 0.0, balance, soft=True)
+    assert other >= confident_cross_entropy(teacher, teacher, 0.0, balance, soft=True) - 1e-5
 
 
 def test_moving_average_follows_weights_and_batch_norm():
@@ -100,6 +113,100 @@ def test_no_confident_image_is_skipped_and_counted(start):
     result = train_selflabel(trained, images, neighbors, views, threshold=1 - 1e-12, epochs=2, batch_size=100)
     assert [row['skipped'] for row in result.history] == [3, 3] and result.kept
     assert torch.equal(logits_of(trained, images), logits_of(model, images))
+
+
+@pytest.mark.parametrize('options', [{}, dict(soft_targets=True), dict(balance=False, ema_decay=None)])
+def test_a_mask_of_zeros_never_raises(start, options):
+    "The authors' users meet an error here, in whatever setting."
+    images, neighbors, model, views = start
+    undecided = copy.deepcopy(model)
+    with torch.no_grad():
+        undecided.cluster_head.weight.zero_()
+        undecided.cluster_head.bias.zero_()
+    before = copy.deepcopy(undecided)
+    result = train_selflabel(undecided, images, neighbors, views, epochs=1, batch_size=100, **options)
+    assert result.history[0]['skipped'] == 3 and 'loss' not in result.history[0]
+    assert result.kept and same(undecided, before)
+
+
+def test_ready_made_optimizer_and_schedule_replace_the_defaults(start):
+    images, neighbors, model, views = start
+    options = dict(threshold=0.5, ema_decay=None, epochs=2, batch_size=100, tolerance=1e9)
+
+    def run(make, schedule=None, **more):
+        trained = copy.deepcopy(model)
+        optimizer = make and make(trained)
+        plan = schedule and schedule(optimizer)
+        result = train_selflabel(
+            trained, images, neighbors, views, optimizer=optimizer, schedule=plan, **options, **more
+        )
+        return trained, result.history
+
+    adam = lambda m: torch.optim.Adam(m.parameters(), 1e-4, weight_decay=1e-4)
+    still = lambda m: torch.optim.SGD(m.parameters(), 0.0)
+    head = lambda m: torch.optim.SGD(m.cluster_head.parameters(), 0.1)
+    default, history = run(None)
+    assert [row['lr'] for row in history] == [1e-4, 1e-4]
+    assert same(default, run(adam)[0]) and not same(default, model)
+    assert same(default, run(adam, lambda o: CosineSchedule(o, 6, final=1.0))[0])
+    assert same(default, run(adam, lr=1.0)[0]), 'lr is of the default optimizer'
+    falling, history = run(adam, lambda o: CosineSchedule(o, 6))
+    assert history[0]['lr'] > history[1]['lr'] and not same(falling, default)
+    assert all(map(torch.equal, run(still)[0].parameters(), model.parameters()))
+    only_head = run(head)[0]
+    assert all(map(torch.equal, only_head.backbone.parameters(), model.backbone.parameters()))
+    assert not torch.equal(only_head.cluster_head.weight, model.cluster_head.weight)
+
+
+def test_optimizers_of_other_weights_are_refused(start):
+    images, neighbors, model, views = start
+    trained, other = copy.deepcopy(model), copy.deepcopy(model)
+    stale, own = torch.optim.Adam(other.parameters()), torch.optim.Adam(trained.parameters())
+    with pytest.raises(UserError, match='weights of another model'):
+        train_selflabel(trained, images, neighbors, views, optimizer=stale)
+    for optimizer in own, None:
+        with pytest.raises(UserError, match='schedule belongs to another optimizer'):
+            train_selflabel(
+                trained, images, neighbors, views, optimizer=optimizer, schedule=CosineSchedule(stale, 9)
+            )
+
+
+def test_soft_targets_are_another_lesson(start):
+    images, neighbors, model, views = start
+
+    def run(**options):
+        trained = copy.deepcopy(model)
+        train_selflabel(
+            trained, images, neighbors, views, threshold=0.3, epochs=1, batch_size=99, tolerance=9, **options
+        )
+        return trained
+
+    assert same(run(), run(soft_targets=False)) and not same(run(), run(soft_targets=True))
+
+
+def test_prior_draws_the_clusters_to_uneven_sizes():
+    "A linear model on pixels; ten clusters, one expected to hold 10/19 of the images."
+    images, flat = digits()[:300].images, nn.Flatten()
+    flat.dim = 64
+    model = ClusteringModel(flat, 10)
+    z = embed(model, images)
+    neighbors = mine_neighbors(z, 5)
+    trained = train_heads(z, neighbors, 10, n_heads=8, epochs=30, batch_size=100)
+    model.cluster_head = trained.heads
+    model.select(trained.best)
+
+    def largest(prior):
+        changed = copy.deepcopy(model)
+        train_selflabel(
+            changed, images, neighbors, lambda x, _: x, threshold=0.0, balance=False, prior=prior,
+            ema_decay=None, lr=0.1, batch_size=100, tolerance=1e9,
+        )  # fmt: skip
+        return logits_of(changed, images).softmax(-1).mean(0).max().item()
+
+    assert largest(None) < 0.2
+    assert largest(torch.tensor([1.0] * 9 + [10.0])) == pytest.approx(10 / 19, abs=0.1)
+    with pytest.raises(UserError, match='class sizes above 0'):
+        largest(torch.ones(3))
 
 
 def test_ruin_is_noticed_and_undone_at_once(start):

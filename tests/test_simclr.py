@@ -12,7 +12,8 @@ from scan_nb.augment import SimCLRAugment
 from scan_nb.data import UserError, digits
 from scan_nb.models import ContrastiveModel, small_resnet
 from scan_nb.simclr import channels_last, nt_xent, send, simclr_step, take, train_simclr
-from scan_nb.training import Checkpoint, batches, cosine_factor, make_generator, seeded
+from scan_nb.training import (Checkpoint, CosineSchedule, StepSchedule, batches, cosine_factor,
+                              make_generator, seeded)
 from torch import nn
 from torch.nn import functional as F
 
@@ -252,6 +253,37 @@ def test_history_and_schedule():
     expected = [.1*cosine_factor(t, 15, 3) for t in range(0, 15, 3)]
     assert [row['lr'] for row in history] == pytest.approx(expected)
     assert all(0 < row['loss'] < math.log(63)+.5 for row in history)
+
+def train_with(model, kind, schedule=None, **changes):
+    "Training with an optimizer and a schedule from outside."
+    optimizer = kind(model.parameters(), .1)
+    given = dict(optimizer=optimizer, schedule=schedule and schedule(optimizer))
+    return train_simclr(model, IMAGES, AUGMENT, **given, **{**RECIPE, **changes})
+
+def test_an_optimizer_from_outside_goes_before_the_settings():
+    def sgd(parameters, lr): return torch.optim.SGD(parameters, lr, .9, weight_decay=1e-4)
+    usual, history = fit()
+    same, other = make(), make()
+    assert train_with(same, sgd, lr=77., momentum=0.) == history and equal(same, usual)
+    train_with(other, torch.optim.Adam)
+    assert not equal(other, usual)
+
+def test_a_schedule_from_outside_goes_before_the_warmup():
+    model = make()
+    history = train_with(model, torch.optim.SGD, lambda o: StepSchedule(o, [3, 6], .5), warmup=1.)
+    assert [row['lr'] for row in history] == pytest.approx([.1, .05, .025])
+
+def test_a_killed_run_with_another_optimizer_continues_to_the_bit(tmp_path):
+    whole, parts, saved = make(), make(), Checkpoint(tmp_path/'c.pt')
+    constant = lambda o: CosineSchedule(o, 9, final=1.)
+    history = train_with(whole, torch.optim.Adam, constant)
+    def train_on(model, **options):
+        return train_with(model, torch.optim.Adam, constant, checkpoint=saved, **options)
+    def kill(epoch):
+        if epoch == 2: raise RuntimeError('killed')
+    with pytest.raises(RuntimeError): train_on(parts, monitor=kill)
+    resumed = make(5)
+    assert train_on(resumed) == history and equal(resumed, whole)
 
 def test_same_seed_same_weights():
     first, again, other = fit(seed=1), fit(seed=1), fit(seed=2)

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from scan_nb import training
 from scan_nb.data import UserError
 from scan_nb.models import small_resnet
-from scan_nb.training import (Checkpoint, CosineSchedule, autocast, batches, check_plain, cosine_factor,
-                              make_generator, pick_device, seed_everything, seeded, steps_per_epoch, train)
+from scan_nb.training import (Checkpoint, CosineSchedule, StepSchedule, autocast, batches, check_plain,
+                              cosine_factor, make_generator, pick_device, seed_everything, seeded,
+                              steps_per_epoch, train)
 
 REPO = Path(__file__).parents[1]
 
@@ -149,6 +150,42 @@ def test_schedule_refuses_another_plan():
                                 dict(final=1.1), dict(final=math.nan)])
 def test_schedule_refuses(kw):
     with pytest.raises(UserError, match='Schedule: steps ≥ 1'): CosineSchedule(sgd(), **{'steps': 5, **kw})
+
+@given(st.lists(st.integers(0, 20), max_size=4), st.floats(0, 1), st.integers(0, 6))
+def test_steps_against_the_definition(at, rate, warmup):
+    opt = sgd(.4)
+    schedule = StepSchedule(opt, at, rate, warmup)
+    for t in range(24):
+        expected = .4*(1 if t >= warmup else (t + 1)/warmup)
+        for n in at:
+            if n <= t: expected *= rate
+        assert math.isclose(opt.param_groups[0]['lr'], expected, rel_tol=1e-9, abs_tol=1e-12)
+        schedule.step()
+
+def test_steps_against_torch():
+    opt, ref_opt = sgd(.4), sgd(.4)
+    ours, ref = StepSchedule(opt, [3, 7]), torch.optim.lr_scheduler.MultiStepLR(ref_opt, [3, 7])
+    for _ in range(10):
+        assert math.isclose(opt.param_groups[0]['lr'], ref_opt.param_groups[0]['lr'], rel_tol=1e-9)
+        ref_opt.step(); ref.step(); ours.step()
+
+def test_steps_state(tmp_path):
+    opt, other = sgd(.4), sgd(9.)
+    a, b = StepSchedule(opt, (4, 8), .5), StepSchedule(other, [4, 8], .5)
+    for _ in range(5): a.step()
+    saved = Checkpoint(tmp_path/'c.pt')
+    saved.save(schedule=a.state_dict())
+    b.load_state_dict(saved.load()['schedule'])
+    for _ in range(5):
+        assert other.param_groups[0]['lr'] == opt.param_groups[0]['lr']
+        a.step(); b.step()
+    for plan in (StepSchedule(sgd(), [4, 9], .5), CosineSchedule(sgd(), 10)):
+        with pytest.raises(UserError, match='the plan was'): plan.load_state_dict(a.state_dict())
+
+@pytest.mark.parametrize('kw', [dict(at=[-1]), dict(rate=1.5), dict(rate=-.1), dict(rate=math.nan),
+                                dict(warmup=-1)])
+def test_steps_refuse(kw):
+    with pytest.raises(UserError, match='Schedule: at ≥ 0'): StepSchedule(sgd(), **{'at': [5], **kw})
 
 # -- checkpoint --
 
