@@ -226,12 +226,20 @@ def _list_clusters(
     return found
 
 # %% ../nbs/12a_report.ipynb #14340573
-STAGE_NAMES = {'pretext': 'SimCLR features', 'neighbors': 'Nearest neighbors',
+STAGE_NAMES = {'pretext': 'Features', 'neighbors': 'Nearest neighbors',
                'heads': 'Heads on fixed features', 'scan': 'SCAN, the whole network',
                'selflabel': 'Self-labelling', 'compare': 'Map and baselines',
                'kmeans_pixels': 'k-means on pixels', 'kmeans_features': 'k-means on features'}
-SCORES = {'acc': 'ACC', 'nmi': 'NMI', 'ari': 'ARI', 'mean_confidence': 'certainty',
-          'effective_clusters': 'effective clusters'}
+SCORES = {'acc': 'ACC', 'majority_acc': 'majority ACC', 'nmi': 'NMI', 'ari': 'ARI',
+          'mean_confidence': 'certainty', 'effective_clusters': 'effective clusters'}
+
+# %% ../nbs/12a_report.ipynb #f6b87c23
+def _scores_shown(
+    metrics: dict,  # metrics.json
+) -> list[str]:     # keys of SCORES
+    "Majority accuracy belongs to them when there are more or fewer clusters than classes."
+    differ = len(metrics['splits'][metrics['split']]['sizes']) != len(metrics.get('classes', ()))
+    return [key for key in SCORES if differ or key != 'majority_acc']
 
 # %% ../nbs/12a_report.ipynb #4eedb4c2
 def table_of_scores(
@@ -240,7 +248,7 @@ def table_of_scores(
 ) -> dict:          # 'columns' (names), 'rows' (name, texts), in the order of the run, baselines first
     "What each stage reached on a split, beside k-means; shares in percent, a dash where there is none."
     steps = metrics['baselines'] | {k: v['splits'] for k, v in metrics['stages'].items() if 'splits' in v}
-    keys = [key for key in SCORES if key in metrics['splits'][split]]
+    keys = [key for key in _scores_shown(metrics) if key in metrics['splits'][split]]
     def text(scores, key):
         if key not in scores: return '–'
         return f'{scores[key]:.1f}' if key == 'effective_clusters' else f'{100*scores[key]:.1f}'
@@ -257,8 +265,9 @@ def _tiles(
              (f"{final['n_clusters']}", 'clusters', f"effectively {final['effective_clusters']:.1f}"),
              (f"{100*final['mean_confidence']:.1f} %", 'certainty', 'mean over the images')]
     base = metrics['baselines'].get('kmeans_pixels', {}).get(metrics['split'], {})
-    for key, name in (('acc', 'accuracy'), ('nmi', 'NMI'), ('ari', 'ARI')):
-        if key not in final: continue
+    names = dict(acc='accuracy', majority_acc='majority accuracy', nmi='NMI', ari='ARI')
+    for key, name in names.items():
+        if key not in final or key not in _scores_shown(metrics): continue
         tiles.append((f'{100*final[key]:.1f} %', name, f'k-means on pixels: {100*base[key]:.1f} %'))
     seconds = metrics['seconds']
     spent = f'{seconds:.0f} s' if seconds < 600 else f'{seconds/60:.0f} min'

@@ -234,8 +234,7 @@ def train_heads(
     progress: str|None = None,   # label of a progress bar
 ) -> TrainedHeads:  # all heads, and the chosen one
     "Many linear heads on fixed embeddings (SCAN, section 2.2). Raises UserError for foreign neighbors."
-    embeddings, neighbors = torch.as_tensor(embeddings).float(), torch.as_tensor(neighbors)
-    check_neighbors(embeddings, neighbors, n_clusters)
+    check_neighbors(embeddings := torch.as_tensor(embeddings).float(), neighbors, n_clusters)
     prior = find_prior(prior, n_clusters, lambda: embeddings, seed)
     mean, std = embeddings.mean(0), embeddings.std(0).clamp_min(1e-6)
     z, generator = (embeddings - mean)/std, make_generator(seed, embeddings.device)

@@ -112,7 +112,7 @@ def _settings(model, images, neighbors, threshold, balance, soft, entropy_weight
     if not 0 <= threshold < 1:
         raise UserError(f'threshold is {threshold}: give a probability, 0 ≤ threshold < 1')
     if entropy_weight < 0: raise UserError(f'entropy_weight is {entropy_weight}: give a number of at least 0')
-    def known(): return embed(model, images).to(device), neighbors.to(device)
+    def known(): return embed(model, images).to(device)
     prior = find_prior(prior, n_clusters, known, seed)
     return dict(threshold=threshold, balance=balance, soft=soft, entropy_weight=entropy_weight, prior=prior)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOADERS', 'load_part', 'Stage', 'open_stage', 'save_model', 'make_normalize', 'center_crop', 'find_pairs',
-           'score_neighbors', 'run_pretext', 'find_start', 'top_k_accuracy', 'cluster_scores', 'score_model',
-           'run_scan', 'run_selflabel']
+           'score_neighbors', 'run_pretext', 'find_start', 'top_k_accuracy', 'cluster_scores', 'run_scan',
+           'run_selflabel']
 
 # %% ../nbs/12b_stages.ipynb #9dcbbd49
 import hashlib, json
@@ -416,8 +416,8 @@ def cluster_scores(
     if min(table.shape) >= 5: scores['top5'] = top_k_accuracy(logits, labels, hungarian_match(table))
     return scores
 
-# %% ../nbs/12b_stages.ipynb #2e28e339
-def score_model(
+# %% ../nbs/12b_stages.ipynb #3ff4b9a1
+def _score_model(
     stage: Stage,            # scan or selflabel
     model: ClusteringModel,  # one head
     train: ImageSet,         # trained on
@@ -486,7 +486,7 @@ def _was_finished(
     _report_scores(stage)
     return stage.model_file
 
-# %% ../nbs/12b_stages.ipynb #1d3ff3de
+# %% ../nbs/12b_stages.ipynb #e9076978
 def _finish_clusters(
     stage: Stage,            # scan or selflabel
     model: ClusteringModel,  # trained
@@ -499,4 +499,4 @@ def _finish_clusters(
     logits = logits_of(model, center_crop(data.images, stage.recipe.size))
     if problem := diagnose(clustering_health(logits, neighbors), stage.recipe.n_clusters):
         stage.say(f'{stage.name} note: {problem}')
-    return _finish(stage, model, score_model(stage, model, data), result.history)
+    return _finish(stage, model, _score_model(stage, model, data), result.history)

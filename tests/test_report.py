@@ -154,10 +154,12 @@ def test_empty_clusters_and_more_clusters_than_classes(tmp_path, data):
     clusters = data.labels*2                          # 0, 2, …, 18 of 20: every other one is empty
     text, checker = check_page(write_report(fake_run(tmp_path/'run', data, certain(clusters, 20))))
     assert text.count('class="card"') == 20 and '0 images, 0.0 %' in ' '.join(checker.text)
-    assert '100.0 % of them are labelled' in ' '.join(' '.join(checker.text).split())
+    words = ' '.join(' '.join(checker.text).split())
+    assert '100.0 % of them are labelled' in words and '100.0 % majority accuracy' in words
 
 def test_fewer_clusters_than_classes(tmp_path, data):
-    check_page(write_report(fake_run(tmp_path/'run', data, certain(data.labels//5, 2))))
+    _, checker = check_page(write_report(fake_run(tmp_path/'run', data, certain(data.labels//5, 2))))
+    assert 'majority accuracy' in ' '.join(checker.text)
 
 @pytest.mark.parametrize('channels,side,kind',
                          [(3, 20, 'png'), (3, 64, 'jpeg'), (1, 64, 'jpeg'), (3, 1, 'png')])
@@ -204,6 +206,9 @@ def test_figures_are_files_too(run):
     write_report(run)
     names = {p.stem for p in (run/'figures').glob('*.png')}
     assert names == {'map', 'map-classes', 'confusion', 'curves-pretext', 'curves-heads', 'curves-scan'}
+
+def test_as_many_clusters_as_classes_need_no_majority(run):
+    assert 'majority' not in (run/'report.html').read_text()
 
 def test_table_of_scores(run):
     metrics = read_metrics(run)
