@@ -256,11 +256,64 @@ def test_a_row_depends_on_its_own_settings_alone(maker, c):
     assert_close(mixed, views[order], atol=1e-5, rtol=0)
 
 @pytest.mark.parametrize('maker', MAKERS.values(), ids=MAKERS)
-def test_parts_of_a_batch_change_nothing(maker):
-    x, augment = images(50, 3, 12, 12), maker(12)
-    whole = augment(x, generator(1))
-    augment.part = 7*3*144
-    assert_close(augment(x, generator(1)), whole, atol=1e-5, rtol=0)
+def test_threads_change_nothing(maker):
+    x, augment, threads = images(200, 3, 24, 24), maker(24), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = augment(x, generator(1))
+        torch.set_num_threads(3)
+        assert (augment(x, generator(1)) == alone).all()
+    finally: torch.set_num_threads(threads)
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 9), c=st.sampled_from([1, 3]), h=st.integers(1, 17), w=st.integers(1, 17),
+       size=st.integers(1, 20), turned=st.booleans(), bounded=st.booleans(), floats=st.booleans(),
+       seed=st.integers(0, 10**6))
+def test_pixel_loop_samples_as_grid_sample(n, c, h, w, size, turned, bounded, floats, seed):
+    g, x = generator(seed), images(n, c, h, w, seed)
+    boxes = A.random_boxes(x, (.3, 2.), generator=g)
+    angle = (torch.rand(n, generator=g) - .5)*300 if turned else None
+    matrix = A.crop_matrix(boxes, size, torch.rand(n, generator=g) < .5, angle)
+    bounds = A.edges(boxes) if bounded and not turned else None
+    x = to_float(x) if floats else x
+    ours, grid = (warp(x, matrix, size, bounds) for warp in (A.warp_loop, A.warp_grid))
+    assert_close(ours, grid, atol=1e-4, rtol=0)
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 40), c=st.sampled_from([1, 3]), h=st.integers(1, 17), w=st.integers(1, 17),
+       flat=st.booleans(), seed=st.integers(0, 10**6))
+def test_pixel_loop_jitters_as_the_groups(n, c, h, w, flat, seed):
+    x, augment = to_float(images(n, c, h, w, seed)), SimCLRAugment(8, hue=.5, brightness=1.)
+    if flat: x[:] = x[:, :1, :1, :1]                     # gray, without any hue
+    p = augment.draw(x, generator(seed))
+    settings_ = p['order'], p['factors'], p['shift'], p['hue_at']
+    ours = A.jitter_loop_(x.clone(), *settings_)
+    assert_close(ours, A.jitter_groups_(x.clone(), *settings_), atol=2e-5, rtol=0)
+    assert 0 <= ours.min() and ours.max() <= 1
+    strided = x.clone(memory_format=torch.channels_last)
+    assert A.jitter_loop_(strided, *settings_) is strided
+    assert_close(strided, ours, atol=0, rtol=0)
+
+@pytest.mark.parametrize('c', [1, 3])
+@pytest.mark.parametrize('number', range(15), ids=[*STRONG_OPS, 'mirror'])
+def test_pixel_loop_does_each_strong_operation_as_the_groups(number, c):
+    smooth = images(20, c, 3, 23).repeat_interleave(9, 2)
+    x = to_float(torch.cat([images(20, c, 27, 23), smooth]))
+    low, high = [*STRONG_OPS.values(), (None, (0, 0))][number][1]
+    ops, amounts = torch.full((40, 1), number), low + (high - low)*torch.rand(40, 1, generator=generator(1))
+    ours, groups = (f(x.clone(), ops, amounts) for f in (A.strong_loop, A.strong_groups))
+    assert ((ours - groups).abs() > 1e-5).float().mean() < 1e-3
+    does_nothing = number == 0 or (c == 1 and [*STRONG_OPS, 'mirror'][number] == 'color')
+    assert (ours != x).any() != does_nothing
+
+def test_machine_code_needs_no_folder_to_write(monkeypatch):
+    import numba
+    njit = numba.njit
+    def refuse(cache=False, **kw):
+        if cache: raise RuntimeError('no locator available')
+        return njit(**kw)
+    monkeypatch.setattr(numba, 'njit', refuse)
+    assert A.compiled(lambda x: x + 1)(2) == 3
 
 @pytest.mark.parametrize('maker', MAKERS.values(), ids=MAKERS)
 def test_bytes_and_floats_memory_formats_and_copies_agree(maker):
