@@ -9,7 +9,7 @@ help:
 	@echo 'make notebooks  export and execute all notebooks, store their outputs (SLOW=1: the slow cells too)'
 	@echo 'make readme     write README.md from nbs/index.ipynb'
 	@echo 'make docs       write HTML pages into _docs'
-	@echo 'make bench      run the benchmarks'
+	@echo 'make bench      run the benchmarks, about half an hour, and store what they show'
 	@echo 'make clean      remove caches and built pages; keeps .venv and runs'
 
 demo: .venv/.run
@@ -35,9 +35,9 @@ docs: .venv/.dev
 	$(BIN)/python tests/render.py docs
 	@echo 'The pages are in _docs: open _docs/index.html in a browser.'
 
-bench: .venv/.dev
-	@test -f nbs/benchmarks.ipynb || { echo 'There are no benchmarks yet: nbs/benchmarks.ipynb is missing.'; exit 1; }
-	$(BIN)/python tests/run_notebooks.py --slow --gpu nbs/benchmarks.ipynb
+bench: .venv/.bench
+	OMP_NUM_THREADS=$$($(BIN)/python -c 'import os; print(os.cpu_count())') \
+	  $(BIN)/python tests/run_notebooks.py --slow --gpu nbs/benchmarks.ipynb
 
 clean:
 	rm -rf _docs _proc build dist .pytest_cache .ruff_cache .hypothesis
@@ -53,6 +53,10 @@ clean:
 
 .venv/.dev: .venv/.run
 	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@
+
+.venv/.bench: .venv/.dev
+	$(BIN)/python -m pip install -e '.[bench]'
 	@touch $@
 
 .PHONY: help demo lab test notebooks readme docs bench clean

@@ -19,7 +19,8 @@ setup(
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path']+'.*']),
     package_data={cfg['lib_path']: ['configs/*.yml', 'configs/*/*.yml']},
     python_requires='>='+cfg['min_python'],
-    install_requires=words('requirements'), extras_require={'dev': words('dev_requirements')},
+    install_requires=words('requirements'),
+    extras_require={name: words(f'{name}_requirements') for name in ('dev', 'bench')},
     entry_points={'console_scripts': words('console_scripts'),
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
 )

@@ -70,7 +70,10 @@ def _run(
     args: argparse.Namespace,  # source and options
 ) -> None:
     "scan-nb run: the whole way, from images to a report."
+    from scan_nb.data import UserError
     from scan_nb.pipeline import SCAN
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise UserError('scan-nb run works in one process: start the stages with torchrun, one by one.')
     source, test, preset = _load_source(args.source)
     scan = SCAN(**_settings(args, preset), progress=True).fit(source, test=test)
     metrics = scan.metrics_
@@ -135,6 +138,19 @@ def _report(
     from scan_nb.report import write_report
     print(write_report(args.run))
 
+# %% ../nbs/13_cli.ipynb #7a5e4376
+def _bench(
+    args: argparse.Namespace,  # names, json, quick, list
+) -> None:
+    "scan-nb bench: speed beside the alternatives. Raises UserError when a name is unknown or a case fails."
+    from functools import partial
+    from scan_nb.benchmarks import CASES, run_benchmarks
+    from scan_nb.data import UserError
+    if args.list: return print(*(f'{name:<12} {case.title}' for name, case in CASES.items()), sep='\n')
+    results = run_benchmarks(args.names, args.quick, args.json, partial(print, flush=True))
+    failed = [name for name, result in results.items() if 'error' in result]
+    if failed: raise UserError(f"These benchmarks failed, as said above: {', '.join(failed)}.")
+
 # %% ../nbs/13_cli.ipynb #8e2da4ab
 def _change(
     recipe,         # of a stage
@@ -161,11 +177,12 @@ def _make_stage(
     from functools import partial
     from scan_nb.recipes import find_config, load_env, load_recipe
     from scan_nb.stages import Stage
-    from scan_nb.training import pick_device
+    from scan_nb.training import pick_device, place
     device = pick_device(args.device)
     recipe = load_recipe(find_config(args.config_exp), device.type)
     for text in args.set: recipe = _change(recipe, _read_setting(text))
-    return Stage(recipe, load_env(find_config(args.config_env)), device, partial(print, flush=True))
+    say = (lambda line: None) if place()[0] else partial(print, flush=True)
+    return Stage(recipe, load_env(find_config(args.config_env)), device, say)
 
 # %% ../nbs/13_cli.ipynb #f00dce08
 def _stage(
@@ -174,11 +191,13 @@ def _stage(
     "scan-nb simclr, moco, scan, selflabel: one stage, from the result of the one before."
     from scan_nb.data import UserError
     from scan_nb.stages import run_pretext, run_scan, run_selflabel
-    stage = _make_stage(args)
-    if stage.name != args.name:
-        raise UserError(f"'{args.config_exp}' is a recipe for {stage.name}: run `scan-nb {stage.name}`.")
-    if args.name in ('simclr', 'moco'): run_pretext(stage)
-    else: {'scan': run_scan, 'selflabel': run_selflabel}[args.name](stage, args.start)
+    from scan_nb.training import pick_device, processes
+    with processes(pick_device(args.device)):
+        stage = _make_stage(args)
+        if stage.name != args.name:
+            raise UserError(f"'{args.config_exp}' is a recipe for {stage.name}: run `scan-nb {stage.name}`.")
+        if args.name in ('simclr', 'moco'): run_pretext(stage)
+        else: {'scan': run_scan, 'selflabel': run_selflabel}[args.name](stage, args.start)
 
 # %% ../nbs/13_cli.ipynb #9007a7b6
 def _eval_stage(
@@ -256,6 +275,18 @@ def _add_others(
     report.add_argument('run', metavar='RUN', help='a finished run folder')
     for p, does in ((predict, _predict), (evaluate, _eval), (report, _report)): p.set_defaults(command=does)
 
+# %% ../nbs/13_cli.ipynb #1f26fee7
+def _add_bench(
+    commands,   # of the parser
+) -> None:
+    "The options of scan-nb bench."
+    p = commands.add_parser('bench', help='measure speed beside the alternatives')
+    p.add_argument('names', nargs='*', metavar='NAME', help='benchmarks to run (default: all)')
+    p.add_argument('--list', action='store_true', help='show the names, run nothing')
+    p.add_argument('--json', metavar='FILE', help='write all that was measured, after each benchmark')
+    p.add_argument('--quick', action='store_true', help='small sizes, only to see that all of it works')
+    p.set_defaults(command=_bench)
+
 # %% ../nbs/13_cli.ipynb #146227d5
 CONTINUES = 'run', 'simclr', 'moco', 'scan', 'selflabel'   # commands that leave checkpoints
 
@@ -269,6 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_stages(commands)
     _add_others(commands)
+    _add_bench(commands)
     return parser
 
 # %% ../nbs/13_cli.ipynb #4c0d632e

@@ -305,7 +305,9 @@ class ClusterHeads(nn.Module):
 
     def forward(self, z): # B×D features -> n_heads×B×C logits
         "All heads at once."
-        return torch.einsum('bd,hdc->hbc', z, self.weight) + self.bias
+        n_heads, _, n_clusters = self.weight.shape   # one product, its result stored cluster by cluster
+        weight, bias = (x.permute(2, 0, 1).reshape(n_clusters*n_heads, -1) for x in (self.weight, self.bias))
+        return torch.addmm(bias, weight, z.T).view(n_clusters, n_heads, len(z)).permute(1, 2, 0)
 
 # %% ../nbs/02_models.ipynb #c7de8162
 def select_head(

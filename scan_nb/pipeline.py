@@ -26,7 +26,7 @@ from .report import save_examples, write_report
 from .scan import clustering_health, diagnose, find_prior, logits_of, train_heads, train_scan
 from .selflabel import train_selflabel
 from .simclr import DIGITS_VIEWS, train_simclr
-from .training import Checkpoint, make_generator, pick_device, seeded
+from .training import Checkpoint, make_generator, pick_device, seeded, tune
 from .visualize import embed_2d
 
 # %% ../nbs/12_pipeline.ipynb #71b6239f
@@ -75,6 +75,8 @@ class RunSettings:
     "Where and how a run is made."
     seed: int = 0                  # the same seed gives the same clusters on the same kind of machine
     device: str | None = None      # 'cpu', 'cuda', 'mps'; None: the best there is
+    precision: str = 'bf16'        # on CUDA, or 'float32'; a CPU computes in float32
+    compile: bool = False          # on CUDA: `torch.compile` the backbone
     out: str | Path | None = None  # run folder; None: nothing is written, and a killed run is lost
     progress: bool = False         # show bars
 
@@ -158,6 +160,9 @@ def check_settings(
     for name, kind in (('views', dict | None), ('strong', dict | bool)):
         if not isinstance(settings[name], kind):
             raise UserError(f'{name} is {settings[name]!r}: give a dict of settings, or leave it out.')
+    for name, values in (('precision', ('bf16', 'float32')), ('compile', (False, True))):
+        if settings[name] not in values:
+            raise UserError(f"{name} is {settings[name]!r}: give {' or '.join(map(str, values))}.")
 
 # %% ../nbs/12_pipeline.ipynb #10aa06f7
 def check_enough(
@@ -266,7 +271,7 @@ def _defaults(
     names: dict,  # settings of a run
 ) -> dict:        # those of them that have a default, with it
     "What a run began with before a setting existed."
-    every = [f for kind in (PretextSettings, ClusterSettings) for f in fields(kind)]
+    every = [f for kind in (PretextSettings, ClusterSettings, RunSettings) for f in fields(kind)]
     return {f.name: f.default for f in every if f.name in names}
 
 # %% ../nbs/12_pipeline.ipynb #9ecd881c
@@ -426,7 +431,8 @@ def learn_features(
     s, (channels, *sides) = job.settings, job.images.shape[1:]
     with seeded(s['seed']):
         model = ContrastiveModel(_make_backbone(s, channels, min(sides)), normalize=Normalize.fit(job.images))
-    model, views = model.to(job.device), make_views(SimCLRAugment, min(sides), s['views'])
+    model = tune(model.to(job.device), s['precision'], s['compile'])
+    views = make_views(SimCLRAugment, min(sides), s['views'])
     def work(checkpoint):
         history = dict(simclr=train_simclr, moco=train_moco)[s['pretext']](
             model, job.images, views, epochs=s['pretext_epochs'], batch_size=s['pretext_batch'],
@@ -540,6 +546,7 @@ def fit_heads(
     "Step 3, start: many heads on fixed features, the best one kept."
     s, backbone, normalize = job.settings, *copy.deepcopy([pretext.backbone, pretext.normalize])
     with seeded(s['seed']): model = ClusteringModel(backbone, s['n_clusters'], 1, normalize).to(job.device)
+    tune(model, s['precision'], s['compile'])
     def fit(checkpoint):
         found = train_heads(
             embeddings.to(job.device), neighbors.to(job.device), s['n_clusters'], n_heads=s['n_heads'],
@@ -675,7 +682,7 @@ def _read_model(
     try: model.load_state_dict(load(file.read_bytes()))
     except (SafetensorError, RuntimeError) as e:
         raise UserError(f"'{file}' is damaged or belongs to another recipe: put back a good copy.") from e
-    return model.to(device).eval()
+    return tune(model.to(device).eval(), settings.get('precision', 'bf16'))
 
 # %% ../nbs/12_pipeline.ipynb #d822febb
 def _write_results(

@@ -152,8 +152,10 @@ class TrainingSettings:
     lr_decay_rate: float = .1   # cosine: falls to this to the power of 3; step: factor of each step; 0 to 1
     lr_decay_epochs: tuple[int, ...] = ()  # step: after these epochs
     epochs: int = 50            # passes over the images
-    batch_size: int = 128       # images per update
+    batch_size: int = 128       # images per update, of all processes together
     seed: int = 0               # of weights, batches and views
+    precision: Literal['bf16', 'float32'] = 'bf16'  # on CUDA; a CPU computes in float32
+    compile: bool = False       # on CUDA: `torch.compile` the backbone
 
 # %% ../nbs/11_recipes.ipynb #fd7b146f
 def _check_together(

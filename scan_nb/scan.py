@@ -14,13 +14,12 @@ import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from .data import UserError
-from .models import ClusteringModel, ClusterHeads, evaluating
-from .training import CosineSchedule, autocast, make_generator, seeded, steps_per_epoch, train
+from .models import ClusteringModel, ClusterHeads
+from .training import CosineSchedule, autocast, gather, make_generator, seeded, steps_per_epoch, train
 from .simclr import take
-from .neighbors import embed, mine_neighbors, unit_rows
+from .neighbors import embed, mine_neighbors, run_over, unit_rows
 
 # %% ../nbs/09_scan.ipynb #98f4fb6c
 class ScanLoss(NamedTuple):
@@ -50,28 +49,50 @@ def scan_loss(
     prior: Tensor|None = None,   # C class sizes expected, see `mean_entropy`; None: all equal
 ) -> ScanLoss:                   # three scalars, or three vectors of H
     "Pull neighbors together, spread the clusters (SCAN, equation 2)."
-    log_p, log_q = anchor_logits.float().log_softmax(-1), neighbor_logits.float().log_softmax(-1)
+    both = anchor_logits.float(), neighbor_logits.float()
+    log_p, log_q = (x - x.logsumexp(-1, keepdim=True) for x in both)
     consistency = -(log_p + log_q).logsumexp(-1).mean(-1)
     entropy = mean_entropy(log_p, prior)
     return ScanLoss(consistency - entropy_weight*entropy, consistency, entropy)
 
+# %% ../nbs/09_scan.ipynb #f406a584
+def _disagreement(log_p, log_q):
+    "-ln⟨p, q⟩ of log-probabilities B×C and B×K×C: B×K; a product too small for float32 in log space."
+    product = (log_p.exp()[:, None] @ log_q.exp().transpose(1, 2))[:, 0]
+    if product.min() > 1e-30: return -product.log()
+    return -(log_p[:, None] + log_q).logsumexp(-1)
+
 # %% ../nbs/09_scan.ipynb #e849ad79
+def _validate_head(logits, neighbors, entropy_weight, block, prior):
+    "`validate_scan` of one head."
+    (n, k), c = neighbors.shape, logits.shape[-1]
+    lse = logits.new_empty(n, dtype=torch.float32)
+    for x, out in zip(logits.split(max(1, block//c)), lse.split(max(1, block//c))):
+        torch.logsumexp(x.float(), -1, out=out)
+    pairs, mean, start = 0., 0., 0
+    for near in neighbors.split(max(1, block//(k*c))):
+        rows, start = slice(start, start + len(near)), start + len(near)
+        log_p, near = logits[rows].float() - lse[rows, None], near.flatten()
+        log_q = logits.index_select(0, near).float() - lse.index_select(0, near)[:, None]
+        pairs = pairs + _disagreement(log_p, log_q.view(-1, k, c)).double().sum()
+        mean = mean + log_p.exp().sum(0).double()/n
+    entropy = mean_entropy(mean.clamp_min(1e-300).log()[None], prior).float()
+    consistency = (pairs/(n*k)).float()
+    return ScanLoss(consistency - entropy_weight*entropy, consistency, entropy)
+
+# %% ../nbs/09_scan.ipynb #6d805a2c
 @torch.no_grad()
 def validate_scan(
     logits: Tensor,              # N×C, or H×N×C for H heads
     neighbors: Tensor,           # N×K int64 indices into the same N
     entropy_weight: float = 5.,  # λ ≥ 0, as in training: then the two losses compare
-    block: int = 8192,           # images at a time
+    block: int = 2**22,          # numbers gathered at a time: 16 MB
     prior: Tensor|None = None,   # C class sizes expected; None: all equal
 ) -> ScanLoss:                   # three scalars, or three vectors of H
     "The SCAN loss over all pairs of anchor and neighbor (SCAN, equation 2)."
-    log_p = logits.float().log_softmax(-1)
-    pairs = torch.zeros(log_p.shape[:-2], dtype=torch.float64, device=log_p.device)
-    for start in range(0, len(neighbors), block):
-        log_q = log_p[..., neighbors[start:start + block], :]
-        pairs -= (log_p[..., start:start + block, None, :] + log_q).logsumexp(-1).double().sum((-2, -1))
-    consistency, entropy = (pairs/neighbors.numel()).float(), mean_entropy(log_p, prior)
-    return ScanLoss(consistency - entropy_weight*entropy, consistency, entropy)
+    if logits.ndim == 2: return _validate_head(logits, neighbors, entropy_weight, block, prior)
+    heads = [_validate_head(x, neighbors, entropy_weight, block, prior) for x in logits]
+    return ScanLoss(*map(torch.stack, zip(*heads)))
 
 # %% ../nbs/09_scan.ipynb #480fa0c6
 @torch.no_grad()
@@ -79,11 +100,14 @@ def head_agreement(
     clusters: Tensor,  # H×N int64: the cluster that each head gives each image
     n_clusters: int,   # C
 ) -> Tensor:           # H: mean NMI of each head with the others, 0 to 1; 1 for a single head
-    "How much a head agrees with the others; all pairs of heads in one matrix product."
-    (heads, n), entr = clusters.shape, torch.special.entr
+    "How much a head agrees with the others; all pairs of heads in one matrix product, summed over images."
+    (heads, n), entr, joint = clusters.shape, torch.special.entr, 0
     if heads == 1: return torch.ones(1)
-    one_hot = F.one_hot(clusters, n_clusters).float().transpose(0, 1).reshape(n, -1)
-    joint = (one_hot.T @ one_hot).double().view(heads, n_clusters, heads, n_clusters).transpose(1, 2)/n
+    for some in clusters.T.split(max(1, 2**22//(heads*n_clusters))):
+        one_hot = clusters.new_zeros(len(some), heads, n_clusters, dtype=torch.float32)
+        one_hot = one_hot.scatter_(2, some[:, :, None], 1.).flatten(1)
+        joint = joint + (one_hot.T @ one_hot).double()
+    joint = joint.view(heads, n_clusters, heads, n_clusters).transpose(1, 2)/n
     own, both = entr(joint.sum(3)).sum(2), entr(joint).sum((2, 3))
     nmi = 2*(own + own.T - both)/(own + own.T).clamp_min(1e-12)
     return (nmi.sum(1) - nmi.diagonal())/(heads - 1)
@@ -152,14 +176,15 @@ def _heads_step(heads, pick, neighbors, entropy_weight, prior, generator):
     "One step of all heads for `train`: the sum of their losses; `pick` gives embeddings of indices."
     def step(indices):
         both = torch.cat([indices, random_partners(neighbors, indices, generator)])
-        loss = scan_loss(*heads(pick(both)).chunk(2, 1), entropy_weight, prior)
+        logits = (gather(x, 1) for x in heads(pick(both)).chunk(2, 1))
+        loss = scan_loss(*logits, entropy_weight, prior)
         return dict(loss=loss.total.sum(), consistency=loss.consistency.mean(), entropy=loss.entropy.mean())
     return step
 
 # %% ../nbs/09_scan.ipynb #444948e1
 def _fit_heads(heads, step, n, lr, generator, epochs, batch_size, progress):
     "Adam along a cosine; gives the history."
-    optimizer = torch.optim.Adam(heads.parameters(), lr)
+    optimizer = torch.optim.Adam(heads.parameters(), lr, fused=True)
     schedule = CosineSchedule(optimizer, epochs*steps_per_epoch(n, batch_size))
     return train(step, n, optimizer, epochs=epochs, batch_size=batch_size, generator=generator,
                  schedule=schedule, modules=[heads], progress=progress)
@@ -196,9 +221,12 @@ def find_prior(
 @torch.no_grad()
 def _judge(heads, z, neighbors, entropy_weight, prior, choose, mean, std, history):
     "Loss and agreement of trained heads, and the chosen one; the heads then take raw embeddings."
-    logits = heads(z)
-    losses = validate_scan(logits, neighbors, entropy_weight, prior=prior).total
-    agreement = head_agreement(logits.argmax(-1), logits.shape[-1])
+    def look(weight, bias):   # a few heads at a time, to hold few logits
+        logits = (torch.einsum('nd,hdc->hnc', z, weight) + bias).contiguous()
+        return validate_scan(logits, neighbors, entropy_weight, prior=prior).total, logits.argmax(-1)
+    few = max(1, 2**23//(len(z)*heads.weight.shape[-1]))
+    losses, clusters = map(torch.cat, zip(*map(look, heads.weight.split(few), heads.bias.split(few))))
+    agreement = head_agreement(clusters, heads.weight.shape[-1])
     best = choose_head(losses, agreement, choose)
     return TrainedHeads(unstandardize(heads, mean, std), losses, agreement, best, history, prior)
 
@@ -276,7 +304,6 @@ def diagnose(
     return ' '.join(words)
 
 # %% ../nbs/09_scan.ipynb #84bf524f
-@torch.no_grad()
 def logits_of(
     model: ClusteringModel,  # with H heads
     images: Tensor,          # N×C×H×W, anywhere
@@ -284,9 +311,7 @@ def logits_of(
     head: int|None = 0,      # which head is read; None: all
 ) -> Tensor:                 # N×C float32 on the CPU, H×N×C for all heads
     "Logits of all images in eval mode."
-    device, heads = next(model.parameters()).device, slice(None) if head is None else head
-    with evaluating(model), autocast(device):
-        return torch.cat([model(x.to(device))[heads].float().cpu() for x in images.split(batch_size)], -2)
+    return run_over(model, images, lambda x: model(x)[slice(None) if head is None else head], batch_size)
 
 # %% ../nbs/09_scan.ipynb #56afeb16
 class StageResult(NamedTuple):
@@ -351,7 +376,7 @@ def _keep_or_restore(model, old, before, history, tolerance):
 class Pairs:
     "The neighbors in use. When they are mined anew on the way, a checkpoint must hold them."
     def __init__(self,
-        neighbors: Tensor,  # N×K int64, on the device of the model
+        neighbors: Tensor,  # N×K int64, on the CPU
         every: int = 0,     # epochs between two minings; 0: never
         mine: Callable = mine_neighbors,  # function(embeddings N×D, K) -> N×K int64
     ):
@@ -359,18 +384,18 @@ class Pairs:
         self.neighbors, self.every, self.mine = neighbors, every, mine
     def after(self, epoch, model, images): # mines at the end of every epoch that is due
         if not self.every or epoch % self.every: return
-        z, (_, k) = embed(model, images).to(self.neighbors.device), self.neighbors.shape
-        self.neighbors = self.mine(z, k).to(z.device)
+        z, (_, k), device = embed(model, images), self.neighbors.shape, next(model.parameters()).device
+        self.neighbors = self.mine(z.to(device), k).cpu()
         check_neighbors(z, self.neighbors, 2)
     def state_dict(self): return dict(neighbors=self.neighbors)
-    def load_state_dict(self, state): self.neighbors = state['neighbors'].to(self.neighbors.device)
+    def load_state_dict(self, state): self.neighbors = state['neighbors']
 
 # %% ../nbs/09_scan.ipynb #b90c0011
 def _best_health(model, images, neighbors, loss):
     "`clustering_health` of the head with the lowest loss over all pairs; `head`: which of several."
     logits = logits_of(model, images, head=None)
     if len(logits) == 1: return clustering_health(logits[0], neighbors, **loss)
-    best = torch.stack([validate_scan(x, neighbors, **loss).total for x in logits]).argmin().item()
+    best = validate_scan(logits, neighbors, **loss).total.argmin().item()
     return clustering_health(logits[best], neighbors, **loss) | dict(head=best)
 
 # %% ../nbs/09_scan.ipynb #b90c0014
@@ -379,7 +404,8 @@ def _scan_inputs(model, images, neighbors, remine_every, mine, entropy_weight, p
     n_clusters, device = model.cluster_head.weight.shape[-1], next(model.parameters()).device
     check_neighbors(images, neighbors, n_clusters)
     prior = find_prior(prior, n_clusters, lambda: embed(model, images), seed)
-    return Pairs(neighbors.to(device), remine_every, mine), dict(entropy_weight=entropy_weight, prior=prior)
+    prior = None if prior is None else prior.to(device)
+    return Pairs(neighbors.cpu(), remine_every, mine), dict(entropy_weight=entropy_weight, prior=prior)
 
 # %% ../nbs/09_scan.ipynb #b90c0012
 def _scan_optimizer(model, optimizer, schedule, head_only, lr, weight_decay):
@@ -393,7 +419,7 @@ def _scan_optimizer(model, optimizer, schedule, head_only, lr, weight_decay):
 def _run_scan(model, images, pairs, augment, loss, head_only, seed, optimizer, *, schedule, epochs,
               batch_size, monitor=None, **options):
     "The stage under watch; of several heads the model keeps the best."
-    given, g = pairs.neighbors.cpu(), make_generator(seed, pairs.neighbors.device)
+    given, g = pairs.neighbors, make_generator(seed)
     def health(model): return _best_health(model, images, given, loss)
     def after(epoch):
         pairs.after(epoch, model, images)
@@ -410,7 +436,7 @@ def _run_scan(model, images, pairs, augment, loss, head_only, seed, optimizer, *
 # %% ../nbs/09_scan.ipynb #7ab05b09
 def _scan_step(model, images, pairs, augment, loss, head_only, generator):
     "One step of SCAN for `train`: the sum of the heads' losses."
-    model.train()
+    device = next(model.train().parameters()).device
     if head_only: model.backbone.eval()
     def classify(views):
         if not head_only: return model(views)
@@ -418,9 +444,9 @@ def _scan_step(model, images, pairs, augment, loss, head_only, generator):
         return model.cluster_head(features)
     def step(indices):
         both = torch.cat([indices, random_partners(pairs.neighbors, indices, generator)])
-        views = augment(take(images, both), generator)
-        with autocast(indices.device): logits = classify(views)
-        total, consistency, entropy = scan_loss(*logits.chunk(2, 1), **loss)
+        views = augment(take(images, both, device), generator)
+        with autocast(device, model): logits = classify(views)
+        total, consistency, entropy = scan_loss(*(gather(x, 1) for x in logits.chunk(2, 1)), **loss)
         return dict(loss=total.sum(), consistency=consistency.mean(), entropy=entropy.mean())
     return step
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .data import UserError
 from .models import ClusteringModel, evaluating
-from .training import CosineSchedule, autocast, make_generator
+from .training import CosineSchedule, autocast, gather, make_generator
 from .simclr import take
 from .neighbors import embed
 from .scan import StageResult, check_neighbors, clustering_health, find_prior, logits_of
@@ -23,11 +23,10 @@ from .scan import mean_entropy, train_checked
 def confident_labels(
     logits: Tensor,           # B×C of the teacher
     threshold: float = .99,   # τ, 0 ≤ τ < 1
-) -> tuple[Tensor, Tensor]:   # the M rows with a probability above τ, and their M clusters
+) -> tuple[Tensor, Tensor]:   # B booleans: this image teaches, its probability is above τ; B clusters
     "Which images teach, and what (SCAN, section 2.3)."
     confidence, cluster = logits.float().softmax(-1).max(-1)
-    rows = (confidence > threshold).nonzero()[:, 0]
-    return rows, cluster[rows]
+    return confidence > threshold, cluster
 
 # %% ../nbs/10_selflabel.ipynb #3a398e87
 def confident_cross_entropy(
@@ -36,14 +35,14 @@ def confident_cross_entropy(
     threshold: float = .99,   # an image teaches when the teacher is more certain than this
     balance: bool = True,     # every cluster among the teaching images weighs the same
     soft: bool = False,       # the lesson is all of the teacher's probabilities, not its cluster alone
-) -> Tensor|None:             # scalar; None when no image is confident
+) -> Tensor:                  # scalar; 0 when no image is confident
     "Cross-entropy of strong views against the confident labels of weak views (SCAN, section 2.3)."
-    rows, cluster = confident_labels(weak_logits, threshold)
-    if len(rows) == 0: return None
-    target = weak_logits[rows].float().softmax(-1) if soft else cluster
-    losses = F.cross_entropy(strong_logits[rows].float(), target, reduction='none')
-    weights = 1/cluster.bincount()[cluster] if balance else torch.ones_like(losses)
-    return (weights*losses).sum()/weights.sum()
+    teaches, cluster = confident_labels(weak_logits, threshold)
+    target = weak_logits.float().softmax(-1) if soft else cluster
+    losses = F.cross_entropy(strong_logits.float(), target, reduction='none')
+    teachers = losses.new_zeros(weak_logits.shape[1]).index_add(0, cluster, teaches.float())   # per cluster
+    weights = teaches/teachers[cluster].clamp_min(1) if balance else teaches.float()
+    return (weights*losses).sum()/weights.sum().clamp_min(1)
 
 # %% ../nbs/10_selflabel.ipynb #0b450af7
 class EMA:
@@ -64,14 +63,16 @@ class EMA:
 # %% ../nbs/10_selflabel.ipynb #aff168d7
 def _step(student, ema, images, strong, weak, generator, entropy_weight, prior, **lesson):
     "One step for `train`; None when no image of the batch is confident. The teacher is in eval mode."
-    teacher = student if ema is None else ema.model
+    teacher, device = student if ema is None else ema.model, next(student.parameters()).device
     def step(indices):
         if ema is not None: ema.update(student)
-        x = take(images, indices)
-        with torch.no_grad(), evaluating(teacher), autocast(x.device):
-            target = teacher(x if weak is None else weak(x, generator))[0]
-        if len(confident_labels(target, lesson['threshold'])[0]) == 0: return None
-        with autocast(x.device): logits = student(strong(x, generator))[0]
+        x = take(images, indices, device)
+        seen = x if weak is None else weak(x, generator)
+        with torch.no_grad(), evaluating(teacher), autocast(device, student):
+            target = gather(teacher(seen)[0])
+        if not confident_labels(target, lesson['threshold'])[0].any(): return None   # read from the GPU
+        views = strong(x, generator)
+        with autocast(device, student): logits = gather(student(views)[0])
         ce = confident_cross_entropy(target, logits, **lesson)
         entropy = mean_entropy(logits.float().log_softmax(-1), prior)
         return dict(loss=ce - entropy_weight*entropy, cross_entropy=ce, entropy=entropy)
@@ -112,8 +113,8 @@ def _settings(model, images, neighbors, threshold, balance, soft, entropy_weight
     if not 0 <= threshold < 1:
         raise UserError(f'threshold is {threshold}: give a probability, 0 ≤ threshold < 1')
     if entropy_weight < 0: raise UserError(f'entropy_weight is {entropy_weight}: give a number of at least 0')
-    def known(): return embed(model, images).to(device)
-    prior = find_prior(prior, n_clusters, known, seed)
+    prior = find_prior(prior, n_clusters, lambda: embed(model, images), seed)
+    prior = None if prior is None else prior.to(device)
     return dict(threshold=threshold, balance=balance, soft=soft, entropy_weight=entropy_weight, prior=prior)
 
 # %% ../nbs/10_selflabel.ipynb #5e1fab07
@@ -130,7 +131,7 @@ def _optimizer(model, optimizer, schedule, lr):
 # %% ../nbs/10_selflabel.ipynb #5e1fab08
 def _run(model, images, neighbors, strong, weak, loss, ema_decay, seed, optimizer, **options):
     "The stage under watch; its result is the slow teacher, or the model itself."
-    g = make_generator(seed, next(model.parameters()).device)
+    g = make_generator(seed)
     ema = None if ema_decay is None else EMA(model, ema_decay)
     step = _step(model.train(), ema, images, strong, weak, g, **loss)
     def health(model): return clustering_health(logits_of(model, images), neighbors, prior=loss['prior'])

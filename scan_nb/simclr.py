@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .augment import Normalize, SimCLRAugment
 from .data import UserError, digits
 from .models import ContrastiveModel, small_resnet
-from .training import CosineSchedule, autocast, make_generator, seeded, steps_per_epoch, train
+from .training import (CosineSchedule, autocast, gather, make_generator, place, seeded,
+                              steps_per_epoch, train)
 
 # %% ../nbs/06_simclr.ipynb #08af0a4b
 def nt_xent(
@@ -61,11 +62,12 @@ def simclr_step(
     device = next(model.parameters()).device
     model.train()
     def step(indices):
-        if len(indices) < 2: raise UserError('SimCLR tells images apart: a batch needs two or more.')
+        if len(indices)*place()[1] < 2:
+            raise UserError('SimCLR tells images apart: a batch needs two or more.')
         x = take(images, indices, device)
         views = torch.cat([augment(x, generator), augment(x, generator)])
-        with autocast(device): z = model(views)
-        return {'loss': nt_xent(*z.chunk(2), temperature)}
+        with autocast(device, model): z1, z2 = model(views).chunk(2)
+        return {'loss': nt_xent(gather(z1), gather(z2), temperature)}
     return step
 
 # %% ../nbs/06_simclr.ipynb #0c2ff144

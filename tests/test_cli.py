@@ -283,3 +283,8 @@ def test_a_closed_pipe_is_no_error(run, pictures):
 def test_settings_ini_names_the_command():
     assert 'scan-nb=scan_nb.cli:main' in (REPO/'settings.ini').read_text()
     assert cli.main is main
+
+def test_run_under_torchrun_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert main(['run', 'digits']) == 2
+    assert 'one process' in capsys.readouterr().err

@@ -135,6 +135,46 @@ def test_embeddings_must_be_finite(bad):
 def test_embeddings_must_be_rows(shape):
     with pytest.raises(UserError, match='must be N×D'): mine_neighbors(torch.zeros(shape), 3)
 
+# ---- the two shortcuts -------------------------------------------------------------------------------------
+
+@settings(deadline=None, max_examples=60)
+@given(b=st.integers(1, 6), n=st.integers(1, 400), share=st.floats(0, 1), levels=st.integers(1, 50),
+       seed=st.integers(0, 10**6))
+def test_the_largest_are_those_of_topk(b, n, share, levels, seed):
+    "Also with many ties, and with -∞."
+    x, k = (normal(b, n, seed=seed)*levels).round(), 1+int(share*(n-1))
+    x[:, ::7] = -torch.inf
+    values, columns = neighbors._largest(x, k)
+    assert torch.equal(values, x.topk(k).values) and torch.equal(x.gather(1, columns), values)
+    assert all(len(set(row)) == k for row in columns.tolist())
+
+def same(n, d, seed): return torch.ones(n, d)
+def copies(n, d, seed): return normal(5, d, seed=seed)[torch.arange(n) % 5]
+def near_copies(n, d, seed): return 1+1e-3*normal(n, d, seed=seed)
+def zeros(n, d, seed): return normal(n, d, seed=seed)*(torch.arange(n) % 3 > 0)[:, None]
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, None])
+@pytest.mark.parametrize('make', [lambda n, d, seed: normal(n, d, seed=seed), same, copies, near_copies, zeros])
+@pytest.mark.parametrize('n, k', [(300, 7), (700, 20), (40, 39)])
+def test_coarse_cosines_change_nothing(monkeypatch, dtype, make, n, k):
+    monkeypatch.setattr(neighbors, '_coarse_type', lambda device: dtype)
+    monkeypatch.setattr(neighbors, 'BLOCK', 64*n)
+    x = make(n, 24, 1)
+    check(mine_neighbors(x, k), x, k, 1e-6)
+    assert torch.equal(mine_neighbors(x, k), mine_neighbors(x, k))
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_a_row_is_sure_only_when_it_is_right(dtype):
+    for seed, spread in ((0, 1.), (1, .1), (2, .01)):
+        x = unit_rows(1+spread*normal(600, 16, seed=seed))
+        found, sure = neighbors._coarse_neighbors(x, 5, dtype)
+        cosine = cosines(x)
+        ours = np.take_along_axis(cosine, found.numpy(), 1)
+        exact = -np.sort(-cosine, 1)[:, :5]
+        np.testing.assert_allclose(ours[sure], exact[sure], atol=3e-7, rtol=0)
+        if spread == 1.: assert sure.float().mean() > .5
+        if spread == .01: assert not sure.all()
+
 # ---- approximate -------------------------------------------------------------------------------------------
 
 def recall(found, exact): return (found[:, :, None] == exact[:, None]).any(1).float().mean().item()

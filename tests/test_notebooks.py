@@ -19,10 +19,15 @@ def code_cells(path): return [c for c in read(path).cells if c.cell_type == 'cod
 def tree(cell): return ast.parse(TransformerManager().transform_cell(cell.source))
 
 def room(name):
-    "The number of a notebook's room (12 for 12a_x); index, benchmarks and tutorials come after all."
+    "The number of a notebook's room (12 for 12a_x); index and tutorials come after all."
+    if name == 'benchmarks': return 12.5   # after all that it measures, before the command that runs it
     return int(m[1]) if (m := re.match(r'(\d+)[a-z]?_', name)) else 99
 
-ROOMS = {p.stem.partition('_')[2]: room(p.stem) for p in notebooks() if room(p.stem) < 99}
+def module(path):
+    "The module that a notebook exports, by its name."
+    return re.sub(r'^\d+[a-z]?_', '', path.stem)
+
+ROOMS = {module(p): room(p.stem) for p in notebooks() if room(p.stem) < 99}
 
 def outputs(path):
     "Pairs (kind, text) of all that cells show: streams, and each form of each display but pictures."
@@ -91,7 +96,7 @@ def test_cells_are_short(path):
 @each_notebook
 def test_exports_the_module_of_its_name(path):
     named = [d['default_exp'].strip() for c in code_cells(path) if 'default_exp' in (d := directives(c))]
-    assert named == ([path.stem.partition('_')[2]] if room(path.stem) < 99 else [])
+    assert named == ([module(path)] if room(path.stem) < 99 else [])
 
 def imported(tree):
     "The modules of scan_nb that a piece of code imports, at its top or inside a function; not as a program."
@@ -110,7 +115,7 @@ def imported(tree):
 def test_imports_only_lower_rooms(path):
     here = room(path.stem)
     names = {m for c in code_cells(path) for m in imported(tree(c))}
-    above = {m for m in names if ROOMS.get(m, here) > here or m == path.stem.partition('_')[2]}
+    above = {m for m in names if ROOMS.get(m, here) > here or m == module(path)}
     assert not above, f'room {here} imports {above}'
 
 def defined(cell):

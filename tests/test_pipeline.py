@@ -321,7 +321,8 @@ def test_an_empty_folder_is_fine(data, tmp_path):
     (dict(views=dict(flip=0)), "no setting 'flip'"),
     (dict(strong=dict(opz=1)), "no setting 'opz'"), (dict(views=dict(flip_p=2)), 'flip_p'),
     (dict(device='tpu'), 'tpu'), (dict(device='cuda:99'), 'cuda:99'), (dict(size=4), '4×4'),
-    (dict(threshold=1.), 'threshold'), (dict(selflabel_lr=-1), 'selflabel_lr')])
+    (dict(threshold=1.), 'threshold'), (dict(selflabel_lr=-1), 'selflabel_lr'),
+    (dict(precision='fp16'), "precision is 'fp16'"), (dict(compile='yes'), "compile is 'yes'")])
 def test_wrong_settings(data, tmp_path, change, said):
     with pytest.raises(UserError, match=said) as e: SCAN(**TINY | change, out=tmp_path/'run').fit(data)
     assert '\n' not in str(e.value)
@@ -552,3 +553,17 @@ def test_unlabeled_images_among_labeled_ones(data):
     partly = replace(data, labels=data.labels.clone().index_fill_(0, torch.arange(0, 96, 2), -1))
     metrics = SCAN(**TINY).fit(partly).metrics_
     assert 0 < metrics['acc'] <= 1
+
+# -- on CUDA --
+
+def test_precision_and_compile_reach_every_network(data, monkeypatch, tmp_path):
+    asked = []
+    def tune(model, *how):
+        asked.append((type(model).__name__, *how))
+        return model
+    monkeypatch.setattr(pipeline, 'tune', tune)
+    SCAN(**TINY | dict(scan_epochs=0, selflabel_epochs=0), precision='float32', compile=True,
+         out=tmp_path/'run').fit(data)
+    SCAN.load(tmp_path/'run')
+    assert asked == [('ContrastiveModel', 'float32', True), ('ClusteringModel', 'float32', True),
+                     ('ClusteringModel', 'float32')]

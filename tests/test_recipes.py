@@ -111,7 +111,7 @@ def expected_fields(name):
                std=tuple(std), backbone=net, backbone_options={}, views='ours' if strong else 'simclr',
                views_options=options, optimizer=optimizer, lr=lr, momentum=momentum or .9, weight_decay=decay,
                nesterov=False, scheduler=schedule, lr_decay_rate=.1, lr_decay_epochs=(), epochs=epochs,
-               batch_size=batch, seed=0)
+               batch_size=batch, seed=0, precision='bf16', compile=False)
     own = dict(
         pretext=dict(setup='moco' if large else 'simclr', head='mlp', features_dim=128,
                      temperature=.07 if large else .1,

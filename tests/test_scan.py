@@ -128,6 +128,30 @@ def test_validation_is_all_pairs_whatever_the_block(seed, n, k, block, heads):
         assert found.total[h].item() == pytest.approx(consistency - 5 * entropy, abs=1e-3)
 
 
+@pytest.mark.parametrize('size', [1.0, 20.0, 200.0])
+@pytest.mark.parametrize('c', [2, 10, 1000])
+def test_losses_are_exact_when_probabilities_underflow(size, c):
+    "Logits of ±size against float64 in log space; the training loss and that over all pairs."
+    logits = size * torch.sign(draw(c, 30, c)) + draw(1, 30, c)
+    neighbors = torch.randint(30, (30, 4), generator=make_generator(0))
+    log_p = logits.double().log_softmax(-1)
+    exact = -(log_p[:, None] + log_p[neighbors]).logsumexp(-1).mean()
+    found = validate_scan(logits, neighbors, 5.0)
+    assert found.consistency.item() == pytest.approx(exact.item(), rel=1e-5, abs=1e-5)
+    assert found.entropy.item() == pytest.approx(mean_entropy(log_p).item(), abs=1e-5)
+    pairs = scan_loss(logits, logits[neighbors[:, 0]])
+    exact = -(log_p + log_p[neighbors[:, 0]]).logsumexp(-1).mean()
+    assert pairs.consistency.item() == pytest.approx(exact.item(), rel=1e-5, abs=1e-5)
+
+
+def test_agreement_of_many_images_is_summed_in_parts():
+    clusters = torch.randint(40, (30, 9000), generator=make_generator(0))
+    exact = normalized_mutual_info_score(clusters[0], clusters[1])
+    assert head_agreement(clusters[:2], 40)[0].item() == pytest.approx(exact, abs=1e-6)
+    alone = [head_agreement(clusters[[0, i]], 40)[0].item() for i in range(1, 30)]
+    assert head_agreement(clusters, 40)[0].item() == pytest.approx(np.mean(alone), abs=1e-9)
+
+
 def test_agreement_is_the_mean_nmi_with_the_others():
     clusters = torch.randint(4, (6, 300), generator=make_generator(0))
     clusters[1] = (clusters[0] + 1) % 4

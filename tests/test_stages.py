@@ -77,6 +77,31 @@ def files(pictures, tmp_path):
 
 # -- the chain --
 
+@pytest.mark.parametrize('name', ['simclr', 'scan', 'selflabel'])
+def test_precision_and_compile_reach_the_network(done, pictures, tmp_path, monkeypatch, name):
+    class Asked(Exception): pass
+    def tune(model, *how): raise Asked(*how)
+    monkeypatch.setattr(stages, 'tune', tune)
+    s = stage(replace(recipes(pictures)[name], precision='float32', compile=True), tmp_path)
+    run = dict(simclr=run_pretext, scan=run_scan, selflabel=run_selflabel)[name]
+    start = {'scan': 'pretext/simclr', 'selflabel': 'scan'}.get(name)
+    with pytest.raises(Asked) as asked: run(s, *[home(done, start, 'model.pth.tar')] if start else [])
+    assert asked.value.args == ('float32', True)
+
+def test_a_stage_says_how_it_computes(pictures, tmp_path):
+    s = stage(replace(recipes(pictures)['simclr'], compile=True, epochs=1), tmp_path)
+    run_pretext(s)
+    assert s.say[0].endswith('on cpu in float32')
+
+def test_a_folder_from_before_a_setting_existed_is_continued(done, pictures):
+    file = home(done, 'scan', 'stage.json')
+    now = json.loads(file.read_text())
+    old = now | dict(recipe={k: v for k, v in now['recipe'].items() if k not in ('precision', 'compile')})
+    file.write_text(json.dumps(old))
+    s = stage(recipes(pictures)['scan'], done)
+    run_scan(s)
+    assert 'was finished before' in s.say.text and json.loads(file.read_text()) == now
+
 def test_each_stage_leaves_its_files(done):
     for name in ('pretext/moco', 'pretext/simclr', 'scan', 'selflabel'):
         found = {p.name for p in home(done, name).iterdir()}

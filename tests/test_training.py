@@ -12,7 +12,7 @@ from scan_nb.data import UserError
 from scan_nb.models import small_resnet
 from scan_nb.training import (Checkpoint, CosineSchedule, StepSchedule, autocast, batches, check_plain,
                               cosine_factor, make_generator, pick_device, seed_everything, seeded,
-                              steps_per_epoch, train)
+                              steps_per_epoch, train, tune)
 
 REPO = Path(__file__).parents[1]
 
@@ -54,6 +54,28 @@ def test_device_that_does_not_exist(machine, name):
     machine()
     with pytest.raises(UserError) as e: pick_device(name)
     assert '\n' not in str(e.value)
+
+def test_a_cpu_computes_in_float32_as_written_whatever_is_asked_for():
+    "Precision and compile are for CUDA: the same bits, and a network that is not compiled."
+    def fit(**how):
+        with seeded(0): model = small_resnet(widths=(4, 8))
+        tune(model, **how)
+        optimizer = torch.optim.SGD(model.parameters(), .1)
+        x = torch.rand(8, 1, 8, 8, generator=make_generator(0))
+        def step(i):
+            with autocast('cpu', model): return dict(loss=model(x[i]).square().mean())
+        return model, train(step, 8, optimizer, epochs=2, batch_size=4, generator=make_generator(0),
+                            modules=[model])
+    plain, history = fit()
+    for how in (dict(precision='float32'), dict(precision='bf16', compile=True)):
+        other, again = fit(**how)
+        assert again == history and other._compiled_call_impl is None and other.precision == how['precision']
+        states = zip(plain.state_dict().values(), other.state_dict().values())
+        assert all(torch.equal(a, b) for a, b in states)
+
+@pytest.mark.parametrize('precision', ['fp16', None, 16])
+def test_precision_that_does_not_exist(precision):
+    with pytest.raises(UserError, match="give 'bf16' or 'float32'"): tune(nn.Linear(1, 1), precision)
 
 def test_autocast():
     with autocast('cpu'): assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32

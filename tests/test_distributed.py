@@ -1,0 +1,299 @@
+"Two processes over gloo do what one does with the whole batch: losses, gradients, weights, features, files."
+import copy, json, os, subprocess, sys
+from functools import partial
+from pathlib import Path
+import pytest, torch
+import torch.distributed as dist
+from scan_nb import moco
+from scan_nb.augment import SimCLRAugment
+from scan_nb.cli import main
+from scan_nb.data import UserError, digits
+from scan_nb.models import ClusteringModel, small_resnet
+from scan_nb.moco import MoCo, moco_step, shuffled_keys
+from scan_nb.neighbors import embed, embed_views
+from scan_nb.recipes import PretextRecipe, ScanRecipe, SelfLabelRecipe, to_yaml
+from scan_nb.scan import Pairs, _scan_step, logits_of, train_heads
+from scan_nb.selflabel import EMA, _step
+from scan_nb.simclr import simclr_step, train_simclr
+from scan_nb.training import (Checkpoint, JointBatchNorm, batches, check_shares, from_first, gather, joined,
+                              make_generator, own_numbers, place, processes, seeded, shares, update)
+from torch import nn
+from torch.nn import functional as F
+
+REPO = Path(__file__).parents[1]
+IMAGES = digits().images[:96]
+NEIGHBORS = torch.arange(96)[:, None].add(torch.tensor([1, 2])) % 96
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+class Net(nn.Module):
+    "Images to unit vectors, all in float64: differences are then the method's, not the rounding's."
+    def __init__(self):
+        super().__init__()
+        with seeded(0): self.backbone, self.head = small_resnet(1, (4, 8)), nn.Linear(8, 6)
+        self.double()
+    def embed(self, x): return self.backbone(x.double()/255)
+    def forward(self, x): return F.normalize(self.head(self.embed(x)), dim=1)
+
+class Net3(ClusteringModel):
+    "Three clusters, in float64 (the losses compute in float32)."
+    def __init__(self, n_heads=1):
+        with seeded(1): super().__init__(small_resnet(1, (4, 8)), 3, n_heads)
+        self.double()
+    def embed(self, x): return self.backbone(x.double()/255)
+
+def view(x, generator=None):
+    "The same in every process."
+    return x.flip(3)
+
+class Views:
+    "Two views of an image, in turn."
+    def __init__(self): self.calls = 0
+    def __call__(self, x, generator):
+        self.calls += 1
+        return x if self.calls % 2 else x.flip(3)
+
+# ---- the same steps, alone or as a share -------------------------------------------------------------------
+
+def run_steps(step, model, n=12, steps=2, networks=None):
+    "Losses, gradients and states after updates with two batches, of which this process gets its share."
+    optimizer, losses, (rank, world) = torch.optim.SGD(model.parameters(), .1), [], place()
+    with joined(*(networks or [model])):
+        for i in range(steps):
+            rows = torch.arange(i*n, (i + 1)*n)
+            losses.append({k: v.item() for k, v in update(step(rows.chunk(world)[rank]), optimizer).items()})
+    grads = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    return dict(losses=losses, grads=grads, state=copy.deepcopy(model.state_dict()))
+
+def simclr():
+    model = Net()
+    return run_steps(simclr_step(model, IMAGES, Views(), .3, make_generator(0)), model)
+
+def momentum():
+    model = Net()
+    state = MoCo(model, IMAGES[:1], 20).double()
+    step = moco_step(state, IMAGES, Views(), .3, make_generator(0))
+    found = run_steps(step, model, networks=[state], steps=3)
+    return found | dict(queue=state.queue, owners=state.owners)
+
+def scan(n_heads=1, head_only=False):
+    model, prior = Net3(n_heads), torch.tensor([.5, .3, .2])
+    pairs, loss = Pairs(NEIGHBORS[:, :1]), dict(entropy_weight=2., prior=prior)
+    return run_steps(_scan_step(model, IMAGES, pairs, view, loss, head_only, make_generator(0)), model)
+
+def selflabel(threshold=.4, ema=True, **lesson):
+    model = Net3().train()
+    slow = EMA(model, .5) if ema else None
+    step = _step(model, slow, IMAGES, view, None, make_generator(0), 1., None, threshold=threshold,
+                 balance=True, soft=False, **lesson)
+    return run_steps(step, model)
+
+def most_confident():
+    "The highest confidence among the first twelve images, and the process that has it."
+    confidence = logits_of(Net3(), IMAGES[:12]).softmax(1).amax(1)
+    return confidence.max().item() - 1e-6, confidence.argmax().item()//6
+
+def one_teacher(): return selflabel(threshold=most_confident()[0], ema=False)
+
+def no_teacher(): return selflabel(threshold=.9999)
+
+STEPS = dict(simclr=simclr, moco=momentum, scan=scan, scan_heads=partial(scan, 3),
+             scan_head_only=partial(scan, 1, True), selflabel=selflabel, one_teacher=one_teacher,
+             no_teacher=no_teacher)
+
+def heads():
+    z = torch.randn(90, 5, generator=make_generator(0))
+    found = train_heads(z, NEIGHBORS[:90] % 90, 3, n_heads=4, epochs=2, batch_size=30)
+    return dict(weight=found.heads.weight.detach(), losses=found.losses)
+
+# ---- the rest of what processes do -------------------------------------------------------------------------
+
+def features():
+    "`embed` and `logits_of` at sizes that two can and cannot share."
+    sizes = (1, 2, 7, 8, 33)
+    found = {f'embed {n}': embed(Net(), IMAGES[:n], 4) for n in sizes}
+    found |= {f'logits {n}': logits_of(Net3(2), IMAGES[:n], 4, head=None) for n in sizes}
+    return found | {'one head': logits_of(Net3(2), IMAGES[:7], 4, head=1)}
+
+VIEWS = SimCLRAugment(8, scale=(.6, 1.4), flip_p=0, rotation=15)
+
+class Killed(Exception): pass
+
+def fit(checkpoint=None, end=None, seed=0):
+    model = Net()
+    with seeded(seed): nn.init.normal_(model.head.weight)
+    kinds = [type(m) for m in model.modules()]
+    def monitor(epoch):
+        if epoch == end: raise Killed
+        return dict(size=embed(model, IMAGES[:5]).norm())
+    history = train_simclr(model, IMAGES, VIEWS, epochs=3, batch_size=32, temperature=.5, monitor=monitor,
+                           checkpoint=checkpoint)
+    assert kinds == [type(m) for m in model.modules()] and JointBatchNorm not in kinds
+    return model.state_dict(), history
+
+def training(folder):
+    "Two runs of three epochs: one without a stop, the other stopped and continued from other weights."
+    state, history = fit()
+    saved = Checkpoint(folder/'run.pt')
+    try: fit(saved, end=2)
+    except Killed: pass
+    dist.barrier()
+    written = len(saved.load()['history'])
+    again = fit(saved, seed=9)
+    return dict(state=state, history=history, again=again, written=written)
+
+def odds(rank):
+    "Small things: shares, random numbers, decisions of the first process, what is refused."
+    def refused(n, size):
+        try: check_shares(n, size)
+        except UserError as e: return str(e)
+    g = make_generator(3)
+    order = batches(20, 8, g)
+    with own_numbers(g): own = torch.rand(4, generator=g)
+    with seeded(rank): module = nn.Linear(2, 2)
+    with joined(module): pass
+    return dict(place=place(), order=order, own=own, joint=torch.rand(4, generator=g), first=from_first(rank),
+                small=batches(5, 8, make_generator(3)), refused=[refused(20, 7), refused(1, 8)],
+                shares=shares(5, 2), joined=module.weight.detach(),
+                views=embed_views(Net(), IMAGES[:7], VIEWS, 2), columns=gather(torch.tensor([[rank]]), 1))
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
+    found = {name: make() for name, make in (STEPS | dict(heads=heads, features=features)).items()}
+    found |= dict(training=training(folder), odds=odds(rank))
+    torch.save(found, folder/f'{rank}.pt')
+    dist.barrier()
+    dist.destroy_process_group()
+
+@pytest.fixture(scope='module')
+def both(tmp_path_factory):
+    "What each of two processes found."
+    folder = tmp_path_factory.mktemp('two')
+    torch.multiprocessing.spawn(process, (folder,), nprocs=2)
+    return [torch.load(folder/f'{rank}.pt', weights_only=False) for rank in (0, 1)]
+
+def same(a, b):
+    "To the bit, all the way down."
+    if isinstance(a, torch.Tensor): return torch.equal(a, b)
+    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+def difference(a, b):
+    "The largest difference of two dicts of tensors, by the largest value."
+    largest = max(v.abs().max() for v in b.values())
+    return max((a[k] - b[k]).abs().max() for k in b)/largest
+
+@pytest.mark.parametrize('name', STEPS)
+def test_two_processes_have_the_gradients_of_one(both, name, monkeypatch):
+    monkeypatch.setattr(moco, 'shuffled_keys', partial(shuffled_keys, parts=2))   # companies as of two
+    one, (first, second) = STEPS[name](), (found[name] for found in both)
+    assert same(first, second)                       # weights, batch norm's averages, losses
+    for mine, theirs in zip(first['losses'], one['losses'], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    if one['grads']: assert difference(first['grads'], one['grads']) <= 1e-5
+    assert difference(first['state'], one['state']) <= 1e-6
+    assert ('skipped' in one['losses'][0]) == (name == 'no_teacher') == (not one['grads'])
+    if name == 'moco': assert torch.equal(first['owners'], one['owners'])
+    if name == 'moco': torch.testing.assert_close(first['queue'], one['queue'])
+
+def test_one_process_alone_would_have_skipped_that_batch():
+    threshold, rank = most_confident()
+    confidence = logits_of(Net3(), IMAGES[:12]).softmax(1).amax(1)
+    assert (confidence > threshold).sum() == 1 and not (confidence.chunk(2)[1 - rank] > threshold).any()
+
+def test_gradients_differ_without_the_other_half(both):
+    "The test above can fail: a process that knows only its half has another gradient."
+    model = Net()
+    half = run_steps(simclr_step(model, IMAGES, Views(), .3, make_generator(0)), model, n=6)
+    assert difference(half['grads'], both[0]['simclr']['grads']) > .01
+
+def test_heads_are_trained_together(both):
+    a, b = (found['heads'] for found in both)
+    assert same(a, b) and a['losses'].isfinite().all()
+
+def test_features_are_those_of_one(both):
+    one = features()
+    for found in both:
+        for name, value in one.items(): torch.testing.assert_close(found['features'][name], value)
+
+def test_training_keeps_processes_together_and_continues_to_the_bit(both):
+    a, b = (found['training'] for found in both)
+    assert same(a, b) and len(a['history']) == 3
+    assert a['written'] == 1 and same(a['again'], (a['state'], a['history']))
+
+def test_shares_numbers_and_decisions(both):
+    a, b = (found['odds'] for found in both)
+    g = make_generator(3)
+    whole = torch.randperm(20, generator=g)[:16].split(8)
+    assert (a['place'], b['place'], a['first'], b['first']) == ((0, 2), (1, 2), 0, 0)
+    assert all(torch.equal(torch.cat(halves), batch) for *halves, batch in zip(a['order'], b['order'], whole))
+    assert not torch.equal(a['own'], b['own']) and torch.equal(a['joint'], b['joint'])
+    assert [len(v) for v in (a['small'][0], b['small'][0])] == [2, 2] and len(a['small']) == 1
+    assert a['refused'] == b['refused']
+    assert 'batch of 7 images' in a['refused'][0] and 'multiple of 2' in a['refused'][0]
+    assert torch.cat([*a['shares'], *b['shares']]).tolist() == [0, 1, 2, 3, 4, 0]
+    assert torch.equal(a['joined'], b['joined']) and a['columns'].tolist() == [[0, 1]]
+    assert torch.equal(a['views'], b['views']) and a['views'].shape == (2, 7, 8)
+    assert not torch.equal(a['views'][0], a['views'][1])
+
+def test_alone_nothing_changes():
+    x = torch.ones(2)
+    assert place() == (0, 1) and gather(x) is x and from_first(x) is x
+    model = Net()
+    with joined(model): assert JointBatchNorm not in map(type, model.modules())
+    with processes(torch.device('cpu')): assert not dist.is_initialized()
+
+def test_more_processes_than_gpus(monkeypatch):
+    for name, value in dict(WORLD_SIZE='4', LOCAL_RANK='2').items(): monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    with pytest.raises(UserError, match='nproc-per-node may be 2'):
+        with processes(torch.device('cuda')): pass
+
+# ---- from a shell ------------------------------------------------------------------------------------------
+
+SHARED = dict(data='digits', test_data='digits', n_clusters=10, size=8, backbone='small_resnet',
+              backbone_options=dict(widths=[8, 16]), views='simclr', epochs=1, batch_size=250)
+RECIPES = dict(simclr=PretextRecipe(**SHARED, setup='simclr', lr=.1, n_neighbors=4),
+               scan=ScanRecipe(**SHARED, optimizer='adam', lr=1e-3, n_neighbors=4, heads_epochs=2),
+               selflabel=SelfLabelRecipe(**SHARED, optimizer='adam', threshold=.2))
+
+def words(name, folder, *more):
+    (folder/'env.yml').write_text(f'root_dir: {folder}/results\n')
+    (folder/f'{name}.yml').write_text(to_yaml(RECIPES[name]))
+    return ['--config_env', f'{folder}/env.yml', '--config_exp', f'{folder}/{name}.yml', '--device', 'cpu',
+            *more]
+
+def torchrun(name, folder, *more):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', '-m', f'scan_nb.{name}']
+    return subprocess.run([*command, *words(name, folder, *more)], cwd=REPO, capture_output=True, text=True,
+                          env=os.environ | dict(OMP_NUM_THREADS='1'))
+
+def files(folder): return sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file())
+
+def test_torchrun_writes_what_one_process_writes(tmp_path, capsys):
+    two, one = tmp_path/'two', tmp_path/'one'
+    for folder in (two, one): folder.mkdir()
+    for name in ('simclr', 'scan'):
+        done = torchrun(name, two)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(' begins: ') == 1 and done.stdout.count(' result: ') == 1
+        assert main([name, *words(name, one)]) == 0
+        assert [line.split(':')[0] for line in done.stdout.replace(str(two), str(one)).splitlines()] \
+            == [line.split(':')[0] for line in capsys.readouterr().out.splitlines()]
+        assert done.stderr.count('it/s') <= done.stderr.count(name) + done.stderr.count('heads')
+    assert files(two/'results') == files(one/'results')
+    for file in files(one/'results'):
+        if file.endswith('.pth.tar') and 'checkpoint' not in file:
+            a, b = (torch.load(folder/'results'/file, weights_only=True)['model'] for folder in (two, one))
+            assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
+    a, b = (json.loads((folder/'results/digits/scan/metrics.json').read_text()) for folder in (two, one))
+    assert a.keys() == b.keys() and all(a[k].keys() == b[k].keys() for k in a)
+
+def test_a_batch_that_cannot_be_shared_is_refused_in_one_sentence(tmp_path):
+    done = torchrun('simclr', tmp_path, '--set', 'batch_size=33')
+    said = [line for line in done.stderr.splitlines() if line.startswith('scan-nb: ')]
+    assert said == ['scan-nb: A batch of 33 images cannot be shared equally by 2 processes: '
+                    'make batch_size a multiple of 2.']
+    assert 'exitcode  : 2' in done.stderr and done.returncode != 0 and not done.stdout
+    assert not (tmp_path/'results').exists()
