@@ -174,31 +174,33 @@ def machine_info() -> dict:  # processor, cores, memory in GB, system, GPU (or N
                 system=f'{platform.system()} {platform.release()}', python=platform.python_version(),
                 versions=found)
 
-# %% ../nbs/benchmarks.ipynb #d02aed47
+# %% ../nbs/benchmarks.ipynb #cf81c015
 def _peaks(side, megabytes, rounds):
-    "FLOP a second of a matrix product, bytes a second of a copy in memory and in the cache."
+    "FLOP a second of a product in float32 and bfloat16, bytes a second of a copy in memory and in the cache."
     a, ram, cache = torch.randn(side, side), torch.ones(megabytes*2**18), torch.ones(2**16)
+    half = torch.randn(side//2, side//2).bfloat16()
     c, ram_too, cache_too = torch.empty_like(a), torch.empty_like(ram), torch.empty_like(cache)
     def often():
         for _ in range(500): cache_too.copy_(cache)
-    ways = dict(flops=lambda: torch.mm(a, a, out=c), ram=lambda: ram_too.copy_(ram), cache=often)
+    ways = dict(flops=lambda: torch.mm(a, a, out=c), flops16=lambda: half @ half,
+                ram=lambda: ram_too.copy_(ram), cache=often)
     for work in ways.values(): work()
     seconds = {name: min(v) for name, v in interleave(ways, rounds).items()}
-    work = dict(flops=2*side**3, ram=2*ram.nbytes, cache=1000*cache.nbytes)
+    work = dict(flops=2*side**3, flops16=2*(side//2)**3, ram=2*ram.nbytes, cache=1000*cache.nbytes)
     return {name: work[name]/seconds[name] for name in ways}
 
-# %% ../nbs/benchmarks.ipynb #bcc39bc2
+# %% ../nbs/benchmarks.ipynb #06d85e36
 def run_machine(
     side: int,       # of the matrices
     megabytes: int,  # to copy
     rounds: int,     # of each; the fastest counts
-) -> dict:           # rows, info, peaks: threads -> flops, ram, cache per second
+) -> dict:           # rows, info, peaks: threads -> flops, flops16, ram, cache per second
     "The case `machine`: its name, and what one thread and all threads can do."
     peaks = {}
     for n in sorted({1, cores()}):
         with threads(n): peaks[str(n)] = _peaks(side, megabytes, rounds)
-    names = dict(flops=('matrix product', 'GFLOP/s'), ram=('copy in memory', 'GB/s'),
-                 cache=('copy in the cache', 'GB/s'))
+    names = dict(flops=('product', 'GFLOP/s'), flops16=('product in bfloat16', 'GFLOP/s'),
+                 ram=('copy in memory', 'GB/s'), cache=('copy in the cache', 'GB/s'))
     rows = [row(f"{what}, {n} thread{'s'*(n != '1')}", [peak[key]], unit, 1e-9)
             for n, peak in peaks.items() for key, (what, unit) in names.items()]
     return dict(rows=rows, info=machine_info(), peaks=peaks, threads=cores())
@@ -208,7 +210,7 @@ class Counter(TorchDispatchMode):
     "Inside, counts the operations on tensors, the bytes they read and write, the FLOP of products, seconds."
     def __init__(self):
         super().__init__()
-        self.calls = self.bytes = self.flops = 0
+        self.calls = self.bytes = self.flops = self.flops16 = 0
         self.by_op = defaultdict(float)
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         from torch.utils.flop_counter import flop_registry
@@ -220,7 +222,9 @@ class Counter(TorchDispatchMode):
             self.calls += 1
             self.bytes += _moved(func, [*args, *(v for k, v in (kwargs or {}).items() if k != 'out')], out)
             if count := flop_registry.get(func._overloadpacket):
-                self.flops += count(*args, **(kwargs or {}), out_val=out)
+                flops = count(*args, **(kwargs or {}), out_val=out)
+                if args[0].itemsize == 2: self.flops16 += flops
+                else: self.flops += flops
         return out
 
 # %% ../nbs/benchmarks.ipynb #822bc8f3
@@ -240,14 +244,15 @@ def _moved(func, inputs, out):
     if not name.startswith(('index', 'gather', '_unsafe_index')): return size(inputs) + size(out)
     return 2*size(inputs[1:]) if 'put' in name or 'copy' in name else 2*size(out) + size(inputs[1:])
 
-# %% ../nbs/benchmarks.ipynb #9c0d0ae5
+# %% ../nbs/benchmarks.ipynb #b5a6b749
 def count_work(
     work: Callable,  # function without arguments, made of operations of PyTorch
-) -> dict:           # calls, bytes, flops, by_op (name of an operation -> seconds, the longest first)
+) -> dict:           # calls, bytes, flops, flops16, by_op (name of an operation -> seconds, longest first)
     "What one run does."
     with Counter() as counter: work()
     by_op = dict(sorted(counter.by_op.items(), key=lambda item: -item[1]))
-    return dict(calls=counter.calls, bytes=counter.bytes, flops=counter.flops, by_op=by_op)
+    found = {name: getattr(counter, name) for name in ('calls', 'bytes', 'flops', 'flops16')}
+    return found | dict(by_op=by_op)
 
 # %% ../nbs/benchmarks.ipynb #c38cd11d
 def limits(
@@ -256,7 +261,8 @@ def limits(
 ) -> dict:        # 'arithmetic' and 'memory bandwidth': share of the peak; 'Python' (or other): of the time
     "How near a piece of code comes to what the machine can do."
     peak = peaks.get(str(work['threads'])) or max(peaks.values(), key=lambda p: p['flops'])
-    return {'arithmetic': work['flops']/work['seconds']/peak['flops'],
+    flops = work['flops']/peak['flops'] + work['flops16']/peak['flops16']
+    return {'arithmetic': flops/work['seconds'],
             'memory bandwidth': work['bytes']/work['seconds']/peak[work['memory']],
             work.get('outside', 'Python'): max(0., 1 - sum(work['by_op'].values())/work['seconds'])}
 
@@ -271,7 +277,8 @@ def say_count(
     longest = ', '.join(f'{op} {100*s/total:.0f} %' for op, s in [*work['by_op'].items()][:3])
     where = dict(cache='the cache', ram='memory')[work['memory']]
     calls = f"{work['calls']:,} operation{'s'*(work['calls'] != 1)}"
-    text = (f"Ours takes {calls}, {work['flops']/1e9:,.3g} GFLOP and {work['bytes']/1e9:,.3g} GB in "
+    flops = work['flops'] + work['flops16']
+    text = (f"Ours takes {calls}, {flops/1e9:,.3g} GFLOP and {work['bytes']/1e9:,.3g} GB in "
             f"{seconds:.3g} s: {100*share['arithmetic']:.0f} % of the arithmetic (of matrix products) and "
             f"{100*share['memory bandwidth']:.0f} % of the bytes through {where} that "
             f"{work['threads']} thread{'s'*(work['threads'] > 1)} can do here. ")
@@ -540,7 +547,7 @@ def run_neighbors(
                 seconds=rows[0]['median'], threads=cores(), memory='cache')
     return dict(rows=rows, checks=checks, work=work, notes=notes, threads=cores())
 
-# %% ../nbs/benchmarks.ipynb #52e4b6f8
+# %% ../nbs/benchmarks.ipynb #11305f00
 def run_approximate(
     n: int,          # points
     d: int,          # numbers each
@@ -549,9 +556,10 @@ def run_approximate(
     indexes: tuple,  # of `mine_neighbors`
 ) -> dict:           # rows, checks, notes
     "The case `approximate`."
-    z, start = clouds(n, d, parts=1000), time.perf_counter()
+    z = clouds(n, d, parts=1000)
     with threads(cores()):
         some, u = torch.randperm(n, generator=make_generator(1))[:queries], unit_rows(z)
+        start = time.perf_counter()
         true = torch.cat([(u[i] @ u.T).scatter_(1, i[:, None], -1).topk(k).indices for i in some.split(64)])
         exact, rows, checks = (time.perf_counter() - start)*n/queries, [], []
         for index in indexes:
@@ -777,6 +785,12 @@ def _growth_apart(
         found[index] = time.perf_counter() - start
     return found
 
+# %% ../nbs/benchmarks.ipynb #26fcd405
+def _lowest(found):
+    "Of several dicts of numbers, or of such dicts, the lowest of each."
+    if not isinstance(found[0], dict): return min(found)
+    return {key: _lowest([one[key] for one in found]) for key in found[0]}
+
 # %% ../nbs/benchmarks.ipynb #51a972e3
 def _growth_rows(growth):
     "Lines of a table, four for each number of images."
@@ -785,13 +799,15 @@ def _growth_rows(growth):
         row('  mining by the index ivf', [x['ivf']]),
         row('  memory beyond the images', [x['peak']], 'MB', 1e-6))]
 
-# %% ../nbs/benchmarks.ipynb #82b18ece
+# %% ../nbs/benchmarks.ipynb #e019f2a5
 def run_growth(
     sizes: tuple,  # numbers of images, rising
     side: int,     # of the images in pixels
+    rounds: int = 1,  # runs of each size; the lowest of each figure counts
 ) -> dict:         # rows, checks, count, growth (what `_growth_apart` gives, by number of images)
     "The case `growth`."
-    growth = {str(n): run_apart('_growth_apart', n=n, size=side) for n in sizes}
+    runs = [{n: run_apart('_growth_apart', n=n, size=side) for n in sizes} for _ in range(rounds)]
+    growth = {str(n): _lowest([run[n] for run in runs]) for n in sizes}
     small, large = list(growth.values())[-2:]
     power = lambda a, b: math.log(max(b, 1e-6)/max(a, 1e-6))/math.log(sizes[-1]/sizes[-2])
     powers = {key: power(small[key], large[key]) for key in ('peak', 'exact', 'ivf')}
@@ -802,7 +818,8 @@ def run_growth(
               check('exact mining, power of N', powers['exact']), check('ivf, power of N', powers['ivf'])]
     count = (f'From {sizes[-2]:,} to {sizes[-1]:,} images the seconds grow with these powers of it: '
              + ', '.join(f'{s} {p:.2f}' for s, p in stages.items()))
-    return dict(rows=_growth_rows(growth), checks=checks, count=count, growth=growth, threads=cores())
+    return dict(rows=_growth_rows(growth), checks=checks, count=count, growth=growth, threads=cores(),
+                notes=[f'Each figure is the lowest of {rounds}.'])
 
 # %% ../nbs/benchmarks.ipynb #acca52e2
 @dataclass(frozen=True)
@@ -843,7 +860,7 @@ CASES = {
         'what is not the convolutions of the network is the small rest that the ratio above shows.'),
 }
 
-# %% ../nbs/benchmarks.ipynb #ec03507a
+# %% ../nbs/benchmarks.ipynb #17460090
 CASES |= {
     'neighbors': Case(
         'Exact neighbors', run_neighbors, dict(n=60_000, d=256, ks=(20, 50), rounds=3, target=2.5),
@@ -852,7 +869,7 @@ CASES |= {
     'approximate': Case(
         'Neighbors by an index', run_approximate,
         dict(n=1_000_000, d=128, k=20, queries=1000, indexes=('ivf',)),
-        dict(n=2000, d=8, k=3, queries=50, indexes=('ivf', 'hnsw')), 12,
+        dict(n=2000, d=8, k=3, queries=50, indexes=('ivf', 'hnsw')), 14,
         'an index is faster as it looks at a small part of the points, and its recall is what that costs.'),
     'heads': Case(
         'Many heads at once', run_heads,
@@ -880,14 +897,14 @@ CASES |= {
         'the cache holds decoded bytes, so a batch is a copy of rows; the other way decodes JPEG anew.'),
 }
 
-# %% ../nbs/benchmarks.ipynb #ac0f2f47
+# %% ../nbs/benchmarks.ipynb #374a1488
 CASES |= {
     'imports': Case(
         'Imports', run_imports, dict(rounds=7, targets=(.1, 1.)), dict(rounds=1), 1,
         'what takes long is imported where it is used, not at the top.'),
     'growth': Case(
-        'The whole run as images grow', run_growth, dict(sizes=(1000, 10_000, 60_000), side=16),
-        dict(sizes=(60, 120), side=8), 4,
+        'The whole run as images grow', run_growth, dict(sizes=(1000, 10_000, 60_000), side=16, rounds=2),
+        dict(sizes=(60, 120), side=8), 5,
         "every stage passes over the images once per epoch, but exact mining, part of the stage 'neighbors', "
         "compares all with all: beyond a million images mine_neighbors(…, index='ivf') takes its place."),
 }

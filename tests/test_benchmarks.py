@@ -166,12 +166,14 @@ def test_work_is_counted(work, calls, read_and_written, flops):
     found = count_work(lambda: work(torch.ones(10, 10)))
     ones = count_work(lambda: torch.ones(10, 10))
     assert found['flops'] == flops
+    assert count_work(lambda: work(torch.ones(10, 10).bfloat16()))['flops16'] == flops
     if calls is not None: assert found['calls'] - ones['calls'] == calls
     if read_and_written is not None: assert found['bytes'] - ones['bytes'] == read_and_written
 
 def test_the_nearest_limit_is_named():
-    peaks = {'1': dict(flops=1e9, ram=1e9, cache=2e9)}
-    work = dict(calls=5, flops=9e8, bytes=1e8, by_op=dict(mm=.7, add=.1), seconds=1., threads=1, memory='ram')
+    peaks = {'1': dict(flops=1e9, flops16=2e9, ram=1e9, cache=2e9)}
+    work = dict(calls=5, flops=8e8, flops16=2e8, bytes=1e8, by_op=dict(mm=.7, add=.1), seconds=1.,
+                threads=1, memory='ram')
     assert limits(work, peaks) == pytest.approx({'arithmetic': .9, 'memory bandwidth': .1, 'Python': .2})
     words = [explain(dict(name='heads', work=work | change), peaks) for change in (
         {}, dict(flops=0, bytes=8e8), dict(flops=0, by_op=dict(mm=.1)), dict(flops=0))]

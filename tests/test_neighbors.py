@@ -154,11 +154,13 @@ def near_copies(n, d, seed): return 1+1e-3*normal(n, d, seed=seed)
 def zeros(n, d, seed): return normal(n, d, seed=seed)*(torch.arange(n) % 3 > 0)[:, None]
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, None])
-@pytest.mark.parametrize('make', [lambda n, d, seed: normal(n, d, seed=seed), same, copies, near_copies, zeros])
+@pytest.mark.parametrize('make', [lambda n, d, seed: normal(n, d, seed=seed), same, copies, near_copies,
+                                  zeros])
 @pytest.mark.parametrize('n, k', [(300, 7), (700, 20), (40, 39)])
 def test_coarse_cosines_change_nothing(monkeypatch, dtype, make, n, k):
-    monkeypatch.setattr(neighbors, '_coarse_type', lambda device: dtype)
+    monkeypatch.setattr(neighbors, '_coarse_type', lambda: dtype)
     monkeypatch.setattr(neighbors, 'BLOCK', 64*n)
+    monkeypatch.setattr(neighbors, 'SIDE', 130)
     x = make(n, 24, 1)
     check(mine_neighbors(x, k), x, k, 1e-6)
     assert torch.equal(mine_neighbors(x, k), mine_neighbors(x, k))
@@ -174,6 +176,21 @@ def test_a_row_is_sure_only_when_it_is_right(dtype):
         np.testing.assert_allclose(ours[sure], exact[sure], atol=3e-7, rtol=0)
         if spread == 1.: assert sure.float().mean() > .5
         if spread == .01: assert not sure.all()
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(2, 200), d=st.integers(1, 20), m=st.integers(1, 30), side=st.integers(1, 90),
+       threads=st.integers(1, 3), seed=st.integers(0, 10**6))
+def test_every_cosine_is_offered_to_both_images(n, d, m, side, threads, seed):
+    x, m, before = unit_rows(normal(n, d, seed=seed)), min(m, n-1), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbors, 'SIDE', side)
+        torch.set_num_threads(threads)
+        try: values, places = neighbors._collect(x, m)
+        finally: torch.set_num_threads(before)
+    expected = (x @ x.T).fill_diagonal_(-torch.inf).topk(m).values
+    torch.testing.assert_close(values.sort(1, descending=True).values, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close((x[:, None]*x[places]).sum(2), values, atol=1e-6, rtol=0)
+    assert all(len({i, *row}) == m+1 for i, row in enumerate(places.tolist()))
 
 # ---- approximate -------------------------------------------------------------------------------------------
 

@@ -150,10 +150,6 @@ def test_mining(gpu, monkeypatch):
         there(unit_rows(z), 40, 16)
         there(mine_neighbors(z, 3), 40, 3, dtype=torch.int64)
         monkeypatch.setattr(mining, 'BLOCK', 100)   # many blocks
-        near, sure = mining._coarse_neighbors(z, 3, torch.float16)
-        there(near, 40, 3, dtype=torch.int64)
-        there(sure, 40, dtype=torch.bool)
-        monkeypatch.setattr(mining, '_coarse_type', lambda device: None)   # else values decide
         there(mine_neighbors(z, 3), 40, 3, dtype=torch.int64)
     near = torch.zeros(40, 3, dtype=torch.int64, device='cuda')
     with decided(monkeypatch, False): there(mutual_neighbors(near), 40, 3, dtype=torch.int64)
