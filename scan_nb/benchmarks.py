@@ -582,13 +582,14 @@ def run_heads(
     clusters: int,   # C
     counts: tuple,   # numbers of heads to compare, the lowest first
     rounds: int,     # of each
+    epochs: int,     # of each
     long: tuple,     # heads and epochs of a whole training
     targets: tuple = (None, None),  # most/least heads, at most; seconds of the whole training, at most
 ) -> dict:           # rows, checks, work
     "The case `heads`."
     z, near = clouds(n, d, parts=clusters), torch.randint(n, (n, k), generator=make_generator(0))
     fit = lambda h, epochs: partial(train_heads, z, near, clusters, n_heads=h, epochs=epochs)
-    ways = {f"{h} head{'s'*(h > 1)}, one epoch": fit(h, 1) for h in counts}
+    ways = {f"{h} head{'s'*(h > 1)}, {epochs} epoch{'s'*(epochs > 1)}": fit(h, epochs) for h in counts}
     with threads(cores()):
         train_heads(z[:1000], near[:1000] % 1000, clusters, n_heads=2, epochs=1)
         seconds = interleave(ways, rounds)
@@ -598,8 +599,7 @@ def run_heads(
                                              memory='cache')
     checks = [ratio(seconds, most, list(ways)[0], at_most=targets[0]),
               check(name, whole[name][0], 's', at_most=targets[1])]
-    return dict(rows=[row(*item) for item in (seconds | whole).items()], checks=checks, work=work,
-                threads=cores())
+    return dict(rows=[row(*x) for x in (seconds | whole).items()], checks=checks, work=work, threads=cores())
 
 # %% ../nbs/benchmarks.ipynb #b7e66c0f
 def _validation_apart(
@@ -873,9 +873,9 @@ CASES |= {
         'an index is faster as it looks at a small part of the points, and its recall is what that costs.'),
     'heads': Case(
         'Many heads at once', run_heads,
-        dict(n=60_000, d=256, k=20, clusters=10, counts=(1, 10, 100), rounds=3, long=(64, 15),
+        dict(n=60_000, d=256, k=20, clusters=10, counts=(1, 10, 100), rounds=3, epochs=5, long=(64, 15),
              targets=(12, 40)),
-        dict(n=200, d=8, k=3, clusters=3, counts=(1, 4), rounds=2, long=(2, 1)), 1.5,
+        dict(n=200, d=8, k=3, clusters=3, counts=(1, 4), rounds=2, epochs=1, long=(2, 1)), 1.5,
         'all heads share one product per step, whose result goes through a softmax, a loss and an update.'),
 }
 

@@ -8,12 +8,11 @@ __all__ = ['BLOCK', 'GROUP', 'SIDE', 'run_over', 'embed', 'unit_rows', 'cosine_b
 
 # %% ../nbs/08_neighbors.ipynb #b01f7b79
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .augment import compiled
+from .augment import compiled, in_threads
 from .data import UserError
 from .models import evaluating
 from .simclr import take
@@ -135,28 +134,21 @@ def _offer_rows(own, block, first, values, places):
 @compiled
 def _offer_columns(own, block, first, values, places):
     "Columns `own` of a block to their heaps; the rows are the images from `first` on."
-    for start in range(own[0], own[1], 64):
-        stop = min(start + 64, own[1])
-        least = values[start:stop, 0].copy()
-        for i in range(len(block)):
-            part, better = block[i, start:stop], False
-            for j in range(len(part)): better |= part[j] > least[j]
+    heaps, names = values[own[0]:own[1]], places[own[0]:own[1]]
+    least = heaps[:, 0].copy()
+    for i in range(len(block)):
+        line = block[i, own[0]:own[1]]
+        for start in range(0, len(line), 64):
+            part, bar, better = line[start:start + 64], least[start:start + 64], False
+            for j in range(len(part)): better |= part[j] > bar[j]
             if not better: continue
             for j in range(len(part)):
-                if part[j] > least[j]:
-                    _replace_least(values[start + j], places[start + j], part[j], first + i)
-                    least[j] = values[start + j, 0]
-
-# %% ../nbs/08_neighbors.ipynb #5dc40dfe
-def _in_threads(loop, n, *args):
-    "Call a compiled loop for the numbers 0…n-1, a range of them per thread of PyTorch."
-    threads = torch.get_num_threads()
-    cuts = [n*i//threads for i in range(threads + 1)]
-    if threads == 1: return loop((0, n), *args)
-    with ThreadPoolExecutor(threads) as pool: [*pool.map(lambda own: loop(own, *args), zip(cuts, cuts[1:]))]
+                if part[j] > bar[j]:
+                    _replace_least(heaps[start + j], names[start + j], part[j], first + i)
+                    bar[j] = heaps[start + j, 0]
 
 # %% ../nbs/08_neighbors.ipynb #2f764f00
-SIDE = 4096   # images on either side of a block of cosines
+SIDE = 8192   # images on either side of a block of cosines
 
 # %% ../nbs/08_neighbors.ipynb #1983adc0
 def _collect(
@@ -166,16 +158,16 @@ def _collect(
     "The largest cosines: each is computed once, and offered to both of its images."
     n, wide = len(z), z.dtype == torch.float32   # positive 16-bit numbers compare as integers do
     values = torch.full((n, m), -torch.inf) if wide else torch.full((n, m), -2**15, dtype=torch.int16)
-    room, places = z.new_empty(min(n, SIDE)**2), torch.zeros(n, m, dtype=torch.int64)
+    room, places = z.new_empty(min(n, SIDE)**2), torch.zeros(n, m, dtype=torch.int32)
     for a in range(0, n, SIDE):
         for b in range(a, n, SIDE):
             x, y = z[a:a + SIDE], z[b:b + SIDE]
             block = torch.mm(x, y.T, out=room[:len(x)*len(y)].view(len(x), len(y)))
             if a == b: block.fill_diagonal_(-torch.inf)
-            block = block.view(values.dtype).numpy()
-            rows, columns = ([v[s:s + SIDE].numpy() for v in (values, places)] for s in (a, b))
-            _in_threads(_offer_rows, len(x), block, b, *rows)
-            if a < b: _in_threads(_offer_columns, len(y), block, a, *columns)
+            block = block.view(values.dtype)
+            rows, columns = ([v[s:s + SIDE] for v in (values, places)] for s in (a, b))
+            in_threads(_offer_rows, len(x), block, b, *rows)
+            if a < b: in_threads(_offer_columns, len(y), block, a, *columns)
     return values.view(z.dtype), places
 
 # %% ../nbs/08_neighbors.ipynb #9557a276
@@ -205,14 +197,14 @@ def _coarse_neighbors(
     dtype: torch.dtype,  # 16-bit numbers
 ) -> tuple[Tensor, Tensor]:  # N×k int64, and N bool: these are the nearest for sure
     "Candidates by coarse cosines, their order by exact ones."
-    coarse, m = z.to(dtype), min(3*k//2 + 18, len(z) - 1)
+    coarse, m = z.to(dtype), min(3*k//2 + 10, len(z) - 1)
     values, near = _collect(coarse, m)
     exact = torch.empty(len(z), m)
-    _in_threads(_score, len(z), z.numpy(), near.numpy(), exact.numpy())
+    in_threads(_score, len(z), z, near, exact)
     best, last = exact.topk(k), values[:, 0].float()
     error = (z - coarse.float()).norm(dim=1)
-    error = 1.01*(error + error.max()) + torch.finfo(dtype).eps*last
-    return near.gather(1, best.indices), (last > 0) & (best.values[:, -1] > last + error)
+    error = 1.01*(error + error.max() + torch.finfo(dtype).eps/2*last)   # and the cosine is rounded
+    return near.gather(1, best.indices).long(), (last > 0) & (best.values[:, -1] > last + error)
 
 # %% ../nbs/08_neighbors.ipynb #54807cb7
 def _exact_neighbors(z, k):
@@ -222,7 +214,7 @@ def _exact_neighbors(z, k):
     if z.device.type == 'cpu' and len(z)**2 > BLOCK:
         if (dtype := _coarse_type()) is None:
             values, near = _collect(z, k)
-            return near.gather(1, values.argsort(1, descending=True))
+            return near.gather(1, values.argsort(1, descending=True)).long()
         found, sure = _coarse_neighbors(z, k, dtype)
         rows = rows[~sure]
     for some in rows.split(max(1, BLOCK//len(z))):

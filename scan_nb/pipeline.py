@@ -50,6 +50,7 @@ class PretextSettings:
 class ClusterSettings:
     "How clusters are found in the features (SCAN, sections 2.2 and 2.3)."
     n_neighbors: int = 20                # of each image, fewer than there are images
+    index: str = 'exact'                 # how they are found: beyond a million images also 'ivf', 'hnsw'
     n_views: int = 0                     # 0: embed the image itself; more: the mean of so many of its views
     mutual: bool = False                 # only pairs that are in each other's lists
     time_window: float = 0.              # seconds; images nearer in time are no neighbors (they need times)
@@ -154,6 +155,8 @@ def check_settings(
     if (settings['ema_decay'] or 0) >= 1: raise UserError('ema_decay is 1 or more: such a mean never moves.')
     if settings['pretext'] not in ('simclr', 'moco'):
         raise UserError(f"There is no pretext task {settings['pretext']!r}: choose 'simclr' or 'moco'.")
+    if settings['index'] not in ('exact', 'ivf', 'hnsw'):
+        raise UserError(f"There is no index {settings['index']!r}: choose 'exact', 'ivf' or 'hnsw'.")
     widths = [1] if settings['widths'] is None else settings['widths']
     if not (isinstance(widths, list) and widths and all(type(w) is int and w > 0 for w in widths)):
         raise UserError(f'widths is {widths!r}: give one or more whole numbers of channels.')
@@ -482,7 +485,7 @@ def _mine(
                      generator=make_generator(s['seed'], job.device))
     embeddings = embed(model, job.images, **views)
     times = job.data.times if s['time_window'] else None
-    near = mine_neighbors(embeddings.to(job.device), k, times=times, window=s['time_window'])
+    near = mine_neighbors(embeddings.to(job.device), k, s['index'], times, s['time_window'])
     return embeddings, (mutual_neighbors(near) if s['mutual'] else near).cpu()
 
 # %% ../nbs/12_pipeline.ipynb #323164dc

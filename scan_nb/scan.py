@@ -13,8 +13,10 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
+import numpy as np
 import torch
 from torch import Tensor
+from .augment import compiled, in_threads
 from .data import UserError
 from .models import ClusteringModel, ClusterHeads
 from .training import CosineSchedule, autocast, gather, make_generator, seeded, steps_per_epoch, train
@@ -63,21 +65,48 @@ def _disagreement(log_p, log_q):
     return -(log_p[:, None] + log_q).logsumexp(-1)
 
 # %% ../nbs/09_scan.ipynb #e849ad79
-def _validate_head(logits, neighbors, entropy_weight, block, prior):
-    "`validate_scan` of one head."
-    (n, k), c = neighbors.shape, logits.shape[-1]
-    lse = logits.new_empty(n, dtype=torch.float32)
-    for x, out in zip(logits.split(max(1, block//c)), lse.split(max(1, block//c))):
-        torch.logsumexp(x.float(), -1, out=out)
-    pairs, mean, start = 0., 0., 0
+@compiled
+def _pair_losses(own, p, logits, lse, neighbors, out):
+    "Of anchors `own`: the sum over their neighbors of -ln⟨p, q⟩; a small product in log space."
+    for i in range(own[0], own[1]):
+        out[i], together = 0, 1.   # one logarithm of many products
+        for j in neighbors[i]:
+            product, high = np.float32(0), np.float32(-np.inf)
+            for c in range(p.shape[1]): product += p[i, c]*p[j, c]
+            if product > 1e-30: together *= product
+            else:
+                for c in range(p.shape[1]): high = max(high, logits[i, c] + logits[j, c])
+                total = 0.
+                for c in range(p.shape[1]): total += np.exp(logits[i, c] + logits[j, c] - high)
+                out[i] += lse[i] + lse[j] - high - np.log(total)
+            if together < 1e-250: out[i], together = out[i] - np.log(together), 1.
+        out[i] -= np.log(together)
+
+# %% ../nbs/09_scan.ipynb #e637654b
+def _stream_pairs(logits, lse, neighbors, block):
+    "Sum of -ln⟨p, q⟩ over all pairs, and the mean assignment C, a block at a time; lse: N of the logits."
+    (n, k), c, pairs, mean, start = neighbors.shape, logits.shape[-1], 0., 0., 0
     for near in neighbors.split(max(1, block//(k*c))):
         rows, start = slice(start, start + len(near)), start + len(near)
         log_p, near = logits[rows].float() - lse[rows, None], near.flatten()
         log_q = logits.index_select(0, near).float() - lse.index_select(0, near)[:, None]
         pairs = pairs + _disagreement(log_p, log_q.view(-1, k, c)).double().sum()
         mean = mean + log_p.exp().sum(0).double()/n
+    return pairs, mean
+
+# %% ../nbs/09_scan.ipynb #5373c0d0
+def _validate_head(logits, neighbors, entropy_weight, block, prior):
+    "`validate_scan` of one head: on a CPU a loop over the pairs, when the probabilities fit into 512 MB."
+    n, c = logits.shape
+    lse = torch.cat([x.float().logsumexp(-1) for x in logits.split(max(1, block//c))])
+    if logits.device.type == 'cpu' and n*c <= 2**27:
+        logits, losses = logits.float(), torch.empty(n, dtype=torch.float64)
+        p = (logits - lse[:, None]).exp_()
+        in_threads(_pair_losses, n, p, logits, lse, neighbors, losses)
+        pairs, mean = losses.sum(), p.sum(0, dtype=torch.float64)/n
+    else: pairs, mean = _stream_pairs(logits, lse, neighbors, block)
     entropy = mean_entropy(mean.clamp_min(1e-300).log()[None], prior).float()
-    consistency = (pairs/(n*k)).float()
+    consistency = (pairs/neighbors.numel()).float()
     return ScanLoss(consistency - entropy_weight*entropy, consistency, entropy)
 
 # %% ../nbs/09_scan.ipynb #6d805a2c

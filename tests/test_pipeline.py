@@ -526,6 +526,16 @@ def test_each_switch_reaches_the_result(switch, plain, data):
     assert scan.history_ != plain.history_
     assert {k: scan.recipe_['settings'][k] for k in switch} == switch
 
+def test_the_index_reaches_the_mining(data, plain, monkeypatch):
+    used, mine = [], pipeline.mine_neighbors
+    def watch(z, k, index, *rest):
+        used.append(index)
+        return mine(z, k, index, *rest)
+    monkeypatch.setattr(pipeline, 'mine_neighbors', watch)
+    scan = SCAN(**TINY, threshold=.4, index='hnsw').fit(data)
+    assert used == ['hnsw'] and scan.recipe_['settings']['index'] == 'hnsw'
+    assert (scan.neighbors_ == plain.neighbors_).mean() > .9
+
 def test_a_time_window_needs_times(data):
     with pytest.raises(UserError, match='time'): SCAN(**TINY, time_window=60.).fit(data)
     timed = replace(data, times=torch.arange(96).double()*60)
@@ -534,7 +544,7 @@ def test_a_time_window_needs_times(data):
 
 @pytest.mark.parametrize('wrong, word', [
     (dict(pretext='byol'), 'simclr'), (dict(backbone='resnet19'), 'resnet18'),
-    (dict(prior=[.5, .5]), 'prior'),
+    (dict(prior=[.5, .5]), 'prior'), (dict(index='flat'), 'index'),
     (dict(n_views=-1), 'n_views'), (dict(time_window=-1.), 'time_window'), (dict(ema_decay=1.), 'ema_decay')])
 def test_a_wrong_switch_is_named(wrong, word, data):
     with pytest.raises(UserError, match=word): SCAN(**TINY | wrong).fit(data)
