@@ -79,9 +79,10 @@ def warp_grid(
 # %% ../nbs/01_augment.ipynb #926c9be3
 def compiled(
     function: Callable,  # of NumPy arrays and numbers
+    **options: object,   # of numba.njit; by default each sum is computed in the order in which it is written
 ) -> Callable:           # the same, in machine code, which other threads need not wait for
     "Compiles at the first call; the code is kept on disk wherever a folder for it can be written."
-    options = dict(nogil=True, error_model='numpy')
+    options = dict(nogil=True, error_model='numpy') | options
     try: return numba.njit(cache=True, **options)(function)
     except RuntimeError: return numba.njit(**options)(function)
 

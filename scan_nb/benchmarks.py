@@ -869,7 +869,7 @@ CASES |= {
     'approximate': Case(
         'Neighbors by an index', run_approximate,
         dict(n=1_000_000, d=128, k=20, queries=1000, indexes=('ivf',)),
-        dict(n=2000, d=8, k=3, queries=50, indexes=('ivf', 'hnsw')), 14,
+        dict(n=2000, d=8, k=3, queries=50, indexes=('ivf', 'hnsw')), 5,
         'an index is faster as it looks at a small part of the points, and its recall is what that costs.'),
     'heads': Case(
         'Many heads at once', run_heads,

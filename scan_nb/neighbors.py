@@ -8,6 +8,7 @@ __all__ = ['BLOCK', 'GROUP', 'SIDE', 'run_over', 'embed', 'unit_rows', 'cosine_b
 
 # %% ../nbs/08_neighbors.ipynb #b01f7b79
 from collections.abc import Callable, Iterator
+from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -177,18 +178,14 @@ def _coarse_type() -> torch.dtype|None: # None: there is none
     return torch.bfloat16 if can.get('avx512_bf16') or can.get('amx_bf16') else None
 
 # %% ../nbs/08_neighbors.ipynb #78d26813
-@compiled
+@partial(compiled, fastmath={'reassoc', 'contract'})   # a sum may be taken in the order that is fastest
 def _score(own, z, places, out):
     "Cosines in float32 of rows `own` of z with those in `places`."
-    sums, whole = np.empty(16, np.float32), z.shape[1]//16*16
     for i in range(own[0], own[1]):
         for c in range(places.shape[1]):
-            x, y = z[i], z[places[i, c]]
-            sums[:] = 0
-            for start in range(0, whole, 16):
-                for j in range(16): sums[j] += x[start + j]*y[start + j]
-            for j in range(whole, len(x)): sums[0] += x[j]*y[j]
-            out[i, c] = sums.sum()
+            x, y, total = z[i], z[places[i, c]], np.float32(0)
+            for j in range(len(x)): total += x[j]*y[j]
+            out[i, c] = total
 
 # %% ../nbs/08_neighbors.ipynb #dbaa9b80
 def _coarse_neighbors(
@@ -376,16 +373,17 @@ def _drop_itself(
 def _approximate_neighbors(
     z: Tensor,   # N×D unit vectors
     k: int,      # neighbors per image
-    index: str,  # 'ivf': looks into 1/16 of 4·√N lists (at least 32); 'hnsw': walks a graph
+    index: str,  # 'ivf': looks into 1/64 of 4·√N lists (at least 32); 'hnsw': walks a graph
 ) -> Tensor:     # N×k int64 on the device of z, nearest first; a few of the true ones may be missing
     "Nearest neighbors by an index of faiss (Johnson et al. 2017). Raises UserError for an unknown index."
     import faiss
     lists = max(1, min(int(4*len(z)**.5), len(z)//39))
-    recipes = dict(ivf=(f'IVF{lists},Flat', 'nprobe', max(32, lists//16)),
+    recipes = dict(ivf=(f'IVF{lists},Flat', 'nprobe', max(32, lists//64)),
                    hnsw=('HNSW32,Flat', 'efSearch', max(128, 4*k)))
     if index not in recipes: raise UserError(f"The index must be 'exact', 'ivf' or 'hnsw', not {index!r}.")
     name, width, value = recipes[index]
     searcher, x = faiss.index_factory(z.shape[1], name, faiss.METRIC_INNER_PRODUCT), z.cpu().numpy()
+    if index == 'ivf': faiss.extract_index_ivf(searcher).cp.max_points_per_centroid = 64
     searcher.train(x)
     searcher.add(x)
     faiss.ParameterSpace().set_index_parameter(searcher, width, value)

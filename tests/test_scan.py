@@ -4,6 +4,7 @@ import copy, itertools, math
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import normalized_mutual_info_score
+from scan_nb import scan
 from scan_nb.augment import SimCLRAugment
 from scan_nb.data import UserError, digits
 from scan_nb.evaluate import cluster_metrics
@@ -586,3 +587,17 @@ def test_mined_neighbors_and_heads_resume_to_the_bit(small, tmp_path):
         assert result.history == a.history
         for x, y in zip(whole.state_dict().values(), trained.state_dict().values(), strict=True):
             assert torch.equal(x, y)
+
+@pytest.mark.parametrize('scale', [1., 30., 200.])
+def test_the_loop_over_pairs_is_the_stream(scale):
+    g = torch.Generator().manual_seed(0)
+    logits, near = scale*torch.randn(500, 7, generator=g), torch.randint(500, (500, 6), generator=g)
+    lse, losses = logits.logsumexp(-1), torch.empty(500, dtype=torch.float64)
+    p = (logits - lse[:, None]).exp()
+    scan.in_threads(scan._pair_losses, 500, p, logits, lse, near, losses)
+    pairs, mean = scan._stream_pairs(logits, lse, near, 100)
+    log_p = logits.double().log_softmax(-1)
+    exact = -(log_p[:, None] + log_p[near]).logsumexp(-1)
+    torch.testing.assert_close(losses, exact.sum(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pairs, exact.sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(mean, log_p.exp().mean(0), rtol=1e-5, atol=1e-7)
