@@ -865,7 +865,7 @@ CASES |= {
     'neighbors': Case(
         'Exact neighbors', run_neighbors, dict(n=60_000, d=256, ks=(20, 50), rounds=3, target=2.5),
         dict(n=300, d=8, ks=(3,), rounds=2), 3,
-        'a product of all points with all others, in blocks, then a selection of the K largest per row.'),
+        'the product of each pair of points, computed once on a CPU, and the choice of the nearest of each.'),
     'approximate': Case(
         'Neighbors by an index', run_approximate,
         dict(n=1_000_000, d=128, k=20, queries=1000, indexes=('ivf',)),
@@ -885,8 +885,8 @@ CASES |= {
         'SCAN loss over all pairs', run_validation,
         dict(sizes=((50_000, 50, 10), (1_281_167, 50, 10), (50_000, 50, 1000)), rounds=3, target=1e9),
         dict(sizes=((20_000, 10, 4), (80_000, 10, 4)), rounds=1), 2,
-        'for each pair a row of probabilities is fetched, added and put through an exponential and a '
-        'logarithm, block by block, and only sums are kept.'),
+        'for each pair a row of probabilities is fetched and multiplied with that of the anchor; '
+        'only sums are kept.'),
     'hungarian': Case(
         'All scores of a clustering', run_hungarian, dict(n=1_281_167, clusters=1000, rounds=3, target=1.),
         dict(n=500, clusters=5, rounds=2), 1.5,
