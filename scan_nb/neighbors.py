@@ -9,6 +9,7 @@ __all__ = ['BLOCK', 'GROUP', 'SIDE', 'run_over', 'embed', 'unit_rows', 'cosine_b
 # %% ../nbs/08_neighbors.ipynb #b01f7b79
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import combinations_with_replacement
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def unit_rows(
     if x.ndim != 2 or not x.numel():
         raise UserError(f'Embeddings must be N×D, one row per image, but their shape is {tuple(x.shape)}.')
     x = x if x.dtype == torch.float64 else x.float()
-    largest = x.abs().amax(1, keepdim=True)
+    largest = torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True)
     if not largest.isfinite().all(): raise UserError('Embeddings must be finite: some are NaN or infinite.')
     return F.normalize((x/largest.clamp_min(torch.finfo(x.dtype).tiny)).float())
 
@@ -120,12 +121,24 @@ def _replace_least(values, places, value, place):
 
 # %% ../nbs/08_neighbors.ipynb #f9a57752
 @compiled
+def _raise_bars(own, block, values):
+    "Fill the heaps of rows `own` with what is just below the m-th largest of a block of integers."
+    for i in range(own[0], own[1]):
+        line, bar = block[i], 0
+        for bit in range(8*block.itemsize - 2, -1, -1):
+            higher, count = line.dtype.type(bar + 2**bit), np.int16(0)
+            for j in range(len(line)): count = np.int16(count + (line[j] >= higher))
+            if count >= values.shape[1]: bar += 2**bit
+        values[i] = max(bar - 1, 0)
+
+# %% ../nbs/08_neighbors.ipynb #c7a1ba1b
+@compiled
 def _offer_rows(own, block, first, values, places):
     "Rows `own` of a block to their heaps; the columns are the images from `first` on."
     for i in range(own[0], own[1]):
         heap, names = values[i], places[i]
-        for start in range(0, block.shape[1], 64):
-            part, better = block[i, start:start + 64], False
+        for start in range(0, block.shape[1], 128):
+            part, better = block[i, start:start + 128], False
             for j in range(len(part)): better |= part[j] > heap[0]
             if not better: continue
             for j in range(len(part)):
@@ -139,8 +152,8 @@ def _offer_columns(own, block, first, values, places):
     least = heaps[:, 0].copy()
     for i in range(len(block)):
         line = block[i, own[0]:own[1]]
-        for start in range(0, len(line), 64):
-            part, bar, better = line[start:start + 64], least[start:start + 64], False
+        for start in range(0, len(line), 128):
+            part, bar, better = line[start:start + 128], least[start:start + 128], False
             for j in range(len(part)): better |= part[j] > bar[j]
             if not better: continue
             for j in range(len(part)):
@@ -149,26 +162,24 @@ def _offer_columns(own, block, first, values, places):
                     bar[j] = heaps[start + j, 0]
 
 # %% ../nbs/08_neighbors.ipynb #2f764f00
-SIDE = 8192   # images on either side of a block of cosines
+SIDE = 8192   # images on either side of a block of cosines, less than 2¹⁵
 
 # %% ../nbs/08_neighbors.ipynb #1983adc0
 def _collect(
     z: Tensor,  # N×D unit vectors on the CPU, float32 or 16-bit numbers
     m: int,     # of each row, 1 ≤ m < N
-) -> tuple[Tensor, Tensor]:  # N×m heaps in z's type, and whose cosines they are; right where all are above 0
-    "The largest cosines: each is computed once, and offered to both of its images."
-    n, wide = len(z), z.dtype == torch.float32   # positive 16-bit numbers compare as integers do
-    values = torch.full((n, m), -torch.inf) if wide else torch.full((n, m), -2**15, dtype=torch.int16)
-    room, places = z.new_empty(min(n, SIDE)**2), torch.zeros(n, m, dtype=torch.int32)
-    for a in range(0, n, SIDE):
-        for b in range(a, n, SIDE):
-            x, y = z[a:a + SIDE], z[b:b + SIDE]
-            block = torch.mm(x, y.T, out=room[:len(x)*len(y)].view(len(x), len(y)))
-            if a == b: block.fill_diagonal_(-torch.inf)
-            block = block.view(values.dtype)
-            rows, columns = ([v[s:s + SIDE] for v in (values, places)] for s in (a, b))
-            in_threads(_offer_rows, len(x), block, b, *rows)
-            if a < b: in_threads(_offer_columns, len(y), block, a, *columns)
+) -> tuple[Tensor, Tensor]:  # N×m heaps in z's type, and whose cosines they are; 0 if there are too few
+    "The largest cosines above 0: each is computed once, and offered to both of its images."
+    n, integer = len(z), torch.int32 if z.dtype == torch.float32 else torch.int16
+    values, places = torch.zeros(n, m, dtype=integer), torch.zeros(n, m, dtype=torch.int32)
+    room, starts = z.new_empty(min(n, SIDE)**2), range(0, n, SIDE)
+    for a, b in sorted(combinations_with_replacement(starts, 2), key=lambda sides: sides[0] != sides[1]):
+        x, y = z[a:a + SIDE], z[b:b + SIDE]
+        block = torch.mm(x, y.T, out=room[:len(x)*len(y)].view(len(x), len(y))).view(integer)
+        rows, columns = ([v[s:s + SIDE] for v in (values, places)] for s in (a, b))
+        if a == b: in_threads(_raise_bars, len(x), block.fill_diagonal_(0), rows[0])
+        in_threads(_offer_rows, len(x), block, b, *rows)
+        if a < b: in_threads(_offer_columns, len(y), block, a, *columns)
     return values.view(z.dtype), places
 
 # %% ../nbs/08_neighbors.ipynb #9557a276
@@ -199,7 +210,7 @@ def _coarse_neighbors(
     exact = torch.empty(len(z), m)
     in_threads(_score, len(z), z, near, exact)
     best, last = exact.topk(k), values[:, 0].float()
-    error = (z - coarse.float()).norm(dim=1)
+    error = torch.cat([(a - b.float()).norm(dim=1) for a, b in zip(z.split(SIDE), coarse.split(SIDE))])
     error = 1.01*(error + error.max() + torch.finfo(dtype).eps/2*last)   # and the cosine is rounded
     return near.gather(1, best.indices).long(), (last > 0) & (best.values[:, -1] > last + error)
 
@@ -211,8 +222,8 @@ def _exact_neighbors(z, k):
     if z.device.type == 'cpu' and len(z)**2 > BLOCK:
         if (dtype := _coarse_type()) is None:
             values, near = _collect(z, k)
-            return near.gather(1, values.argsort(1, descending=True)).long()
-        found, sure = _coarse_neighbors(z, k, dtype)
+            found, sure = near.gather(1, values.argsort(1, descending=True)).long(), values[:, 0] > 0
+        else: found, sure = _coarse_neighbors(z, k, dtype)
         rows = rows[~sure]
     for some in rows.split(max(1, BLOCK//len(z))):
         cosine = (z[some] @ z.T).scatter_(1, some[:, None], -torch.inf)
