@@ -58,7 +58,7 @@ def test_the_machine_is_named(quick):
 def test_alternatives_agree_with_ours(quick):
     values = {x['what']: x for r in quick[2].values() for x in r.get('checks', [])}
     assert values['scores differ by']['met'] and values['K = 3: cosines differ by']['met']
-    assert values['recall of ivf']['value'] > .9
+    assert values['true neighbors that ivf misses']['value'] < 10
 
 def test_pictures(quick):
     import matplotlib
