@@ -311,11 +311,12 @@ def clustering_health(
 ) -> dict[str, float]:           # val_loss, agreement, effective_clusters (up to C), confidence
     "What can be said of a clustering without labels; C clusters are effective when sizes are as expected."
     clusters, n_clusters = logits.argmax(-1), logits.shape[-1]
+    confidence = torch.cat([x.float().softmax(-1).amax(-1) for x in logits.split(2**22//n_clusters + 1)])
     share = torch.bincount(clusters, minlength=n_clusters).double()/len(clusters)
     return dict(val_loss=validate_scan(logits, neighbors, entropy_weight, prior=prior).total.item(),
                 agreement=(clusters[neighbors] == clusters[:, None]).float().mean().item(),
                 effective_clusters=mean_entropy(share.clamp_min(1e-300).log()[None], prior).exp().item(),
-                confidence=logits.float().softmax(-1).amax(-1).mean().item())
+                confidence=confidence.mean().item())
 
 # %% ../nbs/09_scan.ipynb #6764f0b2
 def diagnose(
