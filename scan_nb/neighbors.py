@@ -123,9 +123,10 @@ def _replace_least(values, places, value, place):
 @compiled
 def _raise_bars(own, block, values):
     "Fill the heaps of rows `own` with what is just below the m-th largest of a block of integers."
+    top = 8*block.itemsize - 3   # the highest bit of numbers below 2; 14 bits are near enough
     for i in range(own[0], own[1]):
         line, bar = block[i], 0
-        for bit in range(8*block.itemsize - 2, -1, -1):
+        for bit in range(top, top - 14, -1):
             higher, count = line.dtype.type(bar + 2**bit), np.int16(0)
             for j in range(len(line)): count = np.int16(count + (line[j] >= higher))
             if count >= values.shape[1]: bar += 2**bit
