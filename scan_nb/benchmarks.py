@@ -558,11 +558,10 @@ def run_approximate(
     indexes: tuple,  # of `mine_neighbors`
 ) -> dict:           # rows, checks, notes
     "The case `approximate`."
-    generator = make_generator(0)
-    z = torch.randn(n, inner, generator=generator) @ torch.randn(inner, d, generator=generator)
+    draw = partial(torch.randn, generator=make_generator(0))
+    z, some = draw(n, inner) @ draw(inner, d), torch.randperm(n, generator=make_generator(1))[:queries]
     with threads(cores()):
-        some, u = torch.randperm(n, generator=make_generator(1))[:queries], unit_rows(z)
-        start = time.perf_counter()
+        start, u = time.perf_counter(), unit_rows(z)
         true = torch.cat([(u[i] @ u.T).scatter_(1, i[:, None], -1).topk(k).indices for i in some.split(64)])
         exact, rows, checks = (time.perf_counter() - start)*n/queries, [], []
         for index in indexes:
@@ -573,8 +572,8 @@ def run_approximate(
             checks.append(check(f'true neighbors that {index} misses', 100*(1 - hits), '%'))
             checks.append(check(f'exact / {index}', exact/rows[-1]['median'], '×'))
     rows.append(row(f'exact, from {queries:,} of {n:,} points', [exact]))
-    count = (f'An exact search multiplies and adds {n*n*d/1e12:.3g} million million times, {n/60_000:.3g}² times '
-             f'more than one of 60,000 points, and would take about {exact:,.0f} s')
+    count = (f'An exact search multiplies and adds {n*n*d/1e12:.3g}·10¹² times, {n/60_000:.3g}² times as '
+             f'often as one of 60,000 points, and takes about {exact:,.0f} s')
     return dict(rows=rows, checks=checks, count=count, threads=cores())
 
 # %% ../nbs/benchmarks.ipynb #e2c61d5a
