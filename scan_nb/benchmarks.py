@@ -565,11 +565,10 @@ def run_approximate(
         true = torch.cat([(u[i] @ u.T).scatter_(1, i[:, None], -1).topk(k).indices for i in some.split(64)])
         exact, rows, checks = (time.perf_counter() - start)*n/queries, [], []
         for index in indexes:
-            start = time.perf_counter()
-            found = mine_neighbors(z, k, index)
+            start, found = time.perf_counter(), mine_neighbors(z, k, index)
             rows.append(row(index, [time.perf_counter() - start]))
-            hits = (found[some, :, None] == true[:, None]).any(2).double().mean().item()
-            checks.append(check(f'true neighbors that {index} misses', 100*(1 - hits), '%'))
+            lost = 1 - (found[some, :, None] == true[:, None]).any(2).double().mean().item()
+            checks.append(check(f'true neighbors that {index} misses', 100*lost, '%'))
             checks.append(check(f'exact / {index}', exact/rows[-1]['median'], '×'))
     rows.append(row(f'exact, from {queries:,} of {n:,} points', [exact]))
     count = (f'An exact search multiplies and adds {n*n*d/1e12:.3g}·10¹² times, {n/60_000:.3g}² times as '
