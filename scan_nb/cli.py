@@ -12,12 +12,14 @@ from pathlib import Path
 # %% ../nbs/13_cli.ipynb #d720b23e
 def _load_source(
     name: str,  # 'digits', 'fashion-mnist', or a folder
+    whole: bool = False,  # train on the held-out images as well
 ) -> tuple:     # images, held-out images or None, name of a preset
     "What a SOURCE on the command line means. Raises UserError when the images are not to be had."
     from scan_nb.data import digits, fashion_mnist
     if name == 'digits': return digits(), None, name
-    if name == 'fashion-mnist': return fashion_mnist('train'), fashion_mnist('test'), name
-    return Path(name), None, 'folder'
+    if name != 'fashion-mnist': return Path(name), None, 'folder'
+    if whole: return fashion_mnist('all'), None, name
+    return fashion_mnist('train'), fashion_mnist('test'), name
 
 # %% ../nbs/13_cli.ipynb #ebc24ead
 def _read_setting(
@@ -32,6 +34,20 @@ def _read_setting(
     name, dot, part = name.partition('.')
     return {name: {part: value} if dot else value}
 
+# %% ../nbs/13_cli.ipynb #92f98ab9
+def _find_preset(
+    source: str,              # name of the usual preset of a source
+    variant: str|None = None, # another one of that source, as 'best'
+) -> dict:                    # settings of a SCAN
+    "Settings known to suit a source. Raises UserError for a variant that it does not have."
+    from scan_nb.data import UserError
+    from scan_nb.pipeline import PRESETS
+    name = f'{source} {variant}' if variant else source
+    if name in PRESETS: return PRESETS[name]
+    others = [key.split()[1] for key in PRESETS if key.startswith(f'{source} ')]
+    raise UserError(f"There is no preset '{variant}' for {source}: " + (
+        f"choose {' or '.join(others)}, or leave --preset out." if others else 'leave --preset out.'))
+
 # %% ../nbs/13_cli.ipynb #801325fd
 def _settings(
     args: argparse.Namespace,  # of `scan-nb run`
@@ -39,10 +55,11 @@ def _settings(
 ) -> dict:                     # of a SCAN
     "The preset, changed by the options. Raises UserError for an unknown setting."
     from scan_nb.data import UserError
-    from scan_nb.pipeline import PRESETS, SCAN
+    from scan_nb.pipeline import SCAN
+    name = '-'.join([Path(args.source).resolve().name, *filter(None, (args.preset, 'whole'*args.whole))])
     options = dict(n_clusters=args.n_clusters, seed=args.seed, device=args.device, pretext_epochs=args.epochs,
-                   size=args.size, out=args.out or Path('runs', Path(args.source).resolve().name))
-    settings = PRESETS[preset] | {k: v for k, v in options.items() if v is not None}
+                   size=args.size, out=args.out or Path('runs', name))
+    settings = _find_preset(preset, args.preset) | {k: v for k, v in options.items() if v is not None}
     no_flip = [dict(views=dict(flip_p=0)), dict(strong=dict(flip_p=0))] if args.no_flip else []
     if settings.get('strong') is False: no_flip = no_flip[:1]
     for changed in [*no_flip, *map(_read_setting, args.set)]:
@@ -74,7 +91,7 @@ def _run(
     from scan_nb.pipeline import SCAN
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise UserError('scan-nb run works in one process: start the stages with torchrun, one by one.')
-    source, test, preset = _load_source(args.source)
+    source, test, preset = _load_source(args.source, args.whole)
     scan = SCAN(**_settings(args, preset), progress=True).fit(source, test=test)
     metrics = scan.metrics_
     print(f"{scan.n_clusters} clusters of {len(scan.labels_):,} images")
@@ -216,6 +233,9 @@ def _add_run(
     p.add_argument('source', metavar='SOURCE', help='digits, fashion-mnist, or a folder of images')
     p.add_argument('--n-clusters', type=int, metavar='K', help='how many clusters (default: 10)')
     p.add_argument('--out', metavar='DIR', help='run folder, continued if it exists (default: runs/NAME)')
+    p.add_argument('--preset', metavar='NAME', help='best: what the results on fashion-mnist were made with')
+    p.add_argument('--whole', action='store_true',
+                   help='train on the held-out images of fashion-mnist as well, and grade all 70,000')
     p.add_argument('--seed', type=int, metavar='S', help='another seed, another run (default: 0)')
     p.add_argument('--device', help='cpu, cuda, mps (default: the best there is)')
     p.add_argument('--epochs', type=int, metavar='E', help='passes of SimCLR (default: by number of images)')

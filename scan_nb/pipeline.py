@@ -6,10 +6,10 @@
 __all__ = ['UPDATES', 'EPOCHS', 'PRESETS', 'OPTIONAL', 'LIMITS', 'PretextSettings', 'ClusterSettings', 'RunSettings',
            'auto_epochs', 'check_settings', 'check_enough', 'resolve', 'make_views', 'fingerprint_images',
            'list_differences', 'read_recipe', 'open_run', 'Job', 'RunningCheckpoint', 'run_stage', 'learn_features',
-           'find_neighbors', 'fit_heads', 'fit_network', 'write_clusters', 'grade', 'SCAN']
+           'find_neighbors', 'fit_heads', 'fit_network', 'write_clusters', 'estimate_seconds', 'grade', 'SCAN']
 
 # %% ../nbs/12_pipeline.ipynb #d22dbfb1
-import copy, csv, hashlib, io, json, time
+import copy, csv, hashlib, io, json, math, sys, time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 import numpy as np
@@ -56,6 +56,7 @@ class ClusterSettings:
     time_window: float = 0.              # seconds; images nearer in time are no neighbors (they need times)
     n_heads: int = 64                    # cluster heads trained side by side; the best one starts SCAN
     heads_epochs: int = 80               # passes over the features
+    head_choice: str = 'loss'            # picks the best head; also 'agreement', 'both', see `choose_head`
     entropy_weight: float = 5.           # λ: how strongly cluster sizes are held to the prior
     prior: list | str | None = None      # shares of the clusters; 'estimate'; None: all equal
     remine_every: int = 0                # epochs of SCAN after which neighbors are mined anew; 0: never
@@ -111,6 +112,8 @@ PRESETS = {
         temperature=.2, pretext_batch=512, pretext_lr=.2, scan_batch=512, heads_epochs=15),
     'folder': dict(),
 }
+PRESETS['fashion-mnist best'] = PRESETS['fashion-mnist'] | dict(   # a quarter of an hour becomes most of one
+    pretext_epochs=24, n_neighbors=50, head_choice='agreement', scan_epochs=0, selflabel_epochs=0)
 
 # %% ../nbs/12_pipeline.ipynb #849d4d4b
 OPTIONAL = {'pretext_epochs', 'scan_epochs', 'selflabel_epochs', 'stem_stride', 'ema_decay'}   # may be None
@@ -163,7 +166,8 @@ def check_settings(
     for name, kind in (('views', dict | None), ('strong', dict | bool)):
         if not isinstance(settings[name], kind):
             raise UserError(f'{name} is {settings[name]!r}: give a dict of settings, or leave it out.')
-    for name, values in (('precision', ('bf16', 'float32')), ('compile', (False, True))):
+    for name, values in (('precision', ('bf16', 'float32')), ('compile', (False, True)),
+                         ('head_choice', ('loss', 'agreement', 'both'))):
         if settings[name] not in values:
             raise UserError(f"{name} is {settings[name]!r}: give {' or '.join(map(str, values))}.")
 
@@ -553,8 +557,8 @@ def fit_heads(
     def fit(checkpoint):
         found = train_heads(
             embeddings.to(job.device), neighbors.to(job.device), s['n_clusters'], n_heads=s['n_heads'],
-            epochs=s['heads_epochs'], entropy_weight=s['entropy_weight'], prior=s['prior'], seed=s['seed'],
-            progress=job.bar('2/4 heads'))
+            epochs=s['heads_epochs'], entropy_weight=s['entropy_weight'], prior=s['prior'],
+            choose=s['head_choice'], seed=s['seed'], progress=job.bar('2/4 heads'))
         with seeded(s['seed']): model.cluster_head = select_head(found.heads, found.best)
         return found.history, True, f"head {found.best} of {s['n_heads']}, chosen without labels"
     _cluster_stage(job, 'heads', model, fit)
@@ -705,11 +709,54 @@ def _write_results(
     save_examples(job.folder, job.data, embed(model, job.images), first, *points)
     write_report(job.folder)
 
+# %% ../nbs/12_pipeline.ipynb #3356fda7
+def _seconds(
+    work: object,  # function without arguments
+) -> float:        # of its second call; the first may compile or allocate
+    "How long a small part of a stage takes."
+    work()
+    start = time.monotonic()
+    work()
+    return time.monotonic() - start
+
+# %% ../nbs/12_pipeline.ipynb #1ba8ec7c
+def estimate_seconds(
+    job: Job,           # just begun
+) -> dict[str, float]:  # stage -> seconds, from a few steps of each kind on this device
+    "What a run will take. SCAN and self-labelling also pass two views of an image through the network."
+    s, n, side = job.settings, len(job.images), min(job.images.shape[2:])
+    part, few, g = job.images[:3*s['pretext_batch']], min(n, 4096), make_generator(0)
+    with seeded(s['seed']): model = ContrastiveModel(_make_backbone(s, part.shape[1], side)).to(job.device)
+    model, trainer = tune(model, s['precision']), dict(simclr=train_simclr, moco=train_moco)[s['pretext']]
+    views = make_views(SimCLRAugment, side, s['views'])
+    epoch = n/len(part)*_seconds(
+        lambda: trainer(model, part, views, epochs=1, batch_size=s['pretext_batch'], lr=0.))
+    z, k = torch.randn(few, model.backbone.dim, generator=g).to(job.device), min(s['n_neighbors'], few - 1)
+    near, power = torch.randint(few, (few, k), generator=g).to(job.device), 2 if s['index'] == 'exact' else 1
+    mining = _seconds(lambda: mine_neighbors(z, k, s['index']))*(n/few)**power
+    heads = _seconds(lambda: train_heads(z, near, s['n_clusters'], n_heads=s['n_heads'], epochs=1))*n/few
+    return dict(neighbors=mining, heads=heads*s['heads_epochs']) | {
+        name: epoch*s[f'{name}_epochs'] for name in ('pretext', 'scan', 'selflabel')}
+
+# %% ../nbs/12_pipeline.ipynb #2a64ad4f
+def _say_estimate(
+    job: Job,  # just begun
+) -> None:
+    "What a new run will take, on stderr, if somebody watches."
+    begun = job.folder and any((job.folder/'checkpoints').glob('*.pt'))
+    if begun or not job.progress: return
+    minutes = {name: seconds/60 for name, seconds in estimate_seconds(job).items()}
+    parts = ', '.join(f'{name} {m:.0f}' for name, m in minutes.items() if m >= 1)
+    total = max(1, math.ceil(sum(minutes.values())))
+    print(f"About {total} minute{'s'*(total > 1)} on {job.device.type}{f' ({parts})'*bool(parts)}.",
+          file=sys.stderr, flush=True)
+
 # %% ../nbs/12_pipeline.ipynb #a3c05721
 def _run_job(
     job: Job,  # just begun
 ) -> tuple:    # model, metrics, embeddings, neighbors, clusters of the images trained on
     "The whole way of the data."
+    _say_estimate(job)
     pretext = learn_features(job)
     embeddings, neighbors = find_neighbors(job, pretext)
     model = fit_heads(job, pretext, embeddings, neighbors)

@@ -92,6 +92,27 @@ def test_fashion_mnist_reports_both_splits(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert 'train images' in out and f"test: ACC {100*metrics['acc']:.1f}" in out
 
+def test_whole_set_and_best_preset(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(data_module, 'fashion_mnist', lambda split: asked.append(split) or digits()[:90])
+    monkeypatch.chdir(tmp_path)
+    assert main(['run', 'fashion-mnist', '--preset', 'best', '--whole', *TINY]) == 0
+    run = tmp_path/'runs/fashion-mnist-best-whole'
+    recipe = pipeline.read_recipe(run)
+    assert asked == ['all'] and recipe['data']['images'] == 90
+    assert recipe['settings']['head_choice'] == 'agreement' and recipe['settings']['views']['erase'] == 7
+    assert list(json.loads((run/'metrics.json').read_text())['splits']) == ['all']
+    err = capsys.readouterr().err
+    assert err.index('About 1 minute on cpu') < err.index('1/4 SimCLR')
+    assert main(['run', 'fashion-mnist', '--preset', 'best', '--whole', *TINY]) == 0
+    assert 'About' not in capsys.readouterr().err   # the run is done
+
+@pytest.mark.parametrize('source,words', [('fashion-mnist', 'choose best'), ('digits', 'leave --preset out')])
+def test_an_unknown_preset(source, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data_module, 'fashion_mnist', lambda split: digits()[:90])
+    assert words in refused(capsys, 'run', source, '--preset', 'finest', '--out', tmp_path/'run')
+    assert not (tmp_path/'run').exists()
+
 def test_options_reach_the_recipe(pictures, tmp_path):
     assert main(['run', str(pictures), '--out', str(tmp_path/'r'), *TINY, '--seed', '7', '--size', '10',
                  '--no-flip',

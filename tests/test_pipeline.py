@@ -468,6 +468,33 @@ def test_presets_are_known_settings():
         make_views(SimCLRAugment, 28, preset.get('views', {}))
     assert {'digits', 'fashion-mnist', 'folder'} <= PRESETS.keys()
 
+def test_head_choice_decides(data):
+    kept = {}
+    for choice in ('loss', 'agreement'):
+        settings = TINY | dict(n_heads=6, scan_epochs=0, selflabel_epochs=0, head_choice=choice)
+        found = SCAN(**settings).fit(data)
+        kept[choice] = found.stages_['heads']['reason']
+    z, near = torch.from_numpy(found.embeddings_), torch.from_numpy(found.neighbors_)
+    s = found.recipe_['settings']
+    heads = pipeline.train_heads(z, near, s['n_clusters'], n_heads=6, epochs=s['heads_epochs'],
+                                 entropy_weight=s['entropy_weight'], seed=s['seed'])
+    assert kept['loss'].startswith(f'head {heads.losses.argmin()} of')
+    assert kept['agreement'].startswith(f'head {heads.agreement.argmax()} of')
+    with pytest.raises(UserError, match="head_choice is 'luck': give loss or agreement or both"):
+        SCAN(head_choice='luck').fit(data)
+
+@pytest.mark.parametrize('change', [dict(pretext='moco'), dict(index='ivf'), dict(scan_epochs=0)])
+def test_the_estimate(data, change):
+    settings = pipeline._plain(SCAN(**TINY | change).get_params())
+    job, _ = pipeline._begin(settings, {'all': data}, torch.device('cpu'))
+    state = torch.get_rng_state()
+    before = data.images.clone()
+    seconds = pipeline.estimate_seconds(job)
+    assert seconds.keys() == {'pretext', 'neighbors', 'heads', 'scan', 'selflabel'}
+    assert all(v > 0 for k, v in seconds.items() if k != 'scan') and min(seconds.values()) >= 0
+    assert (seconds['scan'] == 0) == (job.settings['scan_epochs'] == 0)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(data.images, before)
+
 # -- pieces --
 
 @given(st.sampled_from(['pretext', 'scan', 'selflabel']), st.integers(2, 10**7), st.integers(2, 10**7),
