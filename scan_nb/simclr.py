@@ -76,8 +76,9 @@ def channels_last(
     model: nn.Module,  # its weights change their order in memory, not their values
 ) -> Iterator[None]:   # a context; afterwards all is in the usual order
     "Inside, the channels of a pixel lie side by side, which convolutions on CPU and CUDA like better."
-    known = next(model.parameters()).device.type in ('cpu', 'cuda')
-    if known: model.to(memory_format=torch.channels_last)
+    where = next(model.parameters()).device.type
+    narrow = any(m.out_channels < 8 for m in model.modules() if isinstance(m, nn.Conv2d))
+    if where == 'cuda' or where == 'cpu' and not narrow: model.to(memory_format=torch.channels_last)
     try: yield
     finally: model.to(memory_format=torch.contiguous_format)
 

@@ -185,7 +185,7 @@ def test_on_cuda(images_there):
     assert history[-1]['loss'] < history[0]['loss']
 
 def test_channels_last_changes_the_order_only():
-    model = make(widths=(4, 8))
+    model = make(widths=(8, 16))
     x, weight = torch.rand(5, 1, 8, 8), model.backbone.layer1[0].conv1.weight
     before, values = model.eval()(x), weight.clone()
     with pytest.raises(KeyError), channels_last(model):
@@ -194,6 +194,11 @@ def test_channels_last_changes_the_order_only():
         torch.testing.assert_close(model(x), before)
         raise KeyError
     assert weight.is_contiguous() and torch.equal(weight, values) and torch.equal(model(x), before)
+
+def test_a_narrow_network_keeps_its_order_on_the_cpu():
+    "oneDNN writes beyond the weights' gradient of a first convolution with fewer than 8 channels (AVX2)."
+    model = make(widths=(4, 8))
+    with channels_last(model): assert all(p.is_contiguous() for p in model.parameters())
 
 # ---- training ----------------------------------------------------------------------------------------------
 
