@@ -6,9 +6,9 @@
 __all__ = ['STRONG_OPS', 'KINDS', 'to_float', 'check_batch', 'warp_grid', 'compiled', 'in_threads', 'warp_loop', 'warp',
            'random_boxes', 'crop_matrix', 'crop', 'luma', 'blend_', 'brightness', 'contrast', 'color', 'hue_offsets',
            'hue_', 'hue', 'jitter_step_', 'jitter_groups_', 'jitter_loop_', 'color_jitter_', 'gaussian_blur',
-           'cut_out_', 'disc_mask', 'BatchAugment', 'SimCLRAugment', 'WeakAugment', 'motion', 'rotate', 'shear_x',
-           'shear_y', 'translate_x', 'translate_y', 'identity', 'autocontrast', 'equalize', 'solarize', 'posterize',
-           'sharpness', 'strong_groups', 'strong_loop', 'StrongAugment', 'Normalize']
+           'cut_out_', 'silhouette', 'tint_', 'disc_mask', 'BatchAugment', 'SimCLRAugment', 'WeakAugment', 'motion',
+           'rotate', 'shear_x', 'shear_y', 'translate_x', 'translate_y', 'identity', 'autocontrast', 'equalize',
+           'solarize', 'posterize', 'sharpness', 'strong_groups', 'strong_loop', 'StrongAugment', 'Normalize']
 
 # %% ../nbs/01_augment.ipynb #34c0aa7b
 import difflib
@@ -481,6 +481,27 @@ def cut_out_(
     square = (inside[1][:, :, None]*inside[0][:, None])[:, None]
     return x.mul_(1 - square).add_(square, alpha=fill)
 
+# %% ../nbs/01_augment.ipynb #24d98f06
+def silhouette(
+    x: Tensor,  # n×C×H×W float images of things on black
+) -> Tensor:    # n×1×H×W float32: 1 inside, 0 outside
+    "Pixels brighter than 0.04, and those that lie between such pixels in both their row and their column."
+    bright = (x.amax(1, keepdim=True) > .04).float()
+    between = lambda axis: bright.cummax(axis)[0]*bright.flip(axis).cummax(axis)[0].flip(axis)
+    return between(2)*between(3)
+
+# %% ../nbs/01_augment.ipynb #6c5a10ba
+def tint_(
+    x: Tensor,       # n×C×H×W float images of things on black, changed in place
+    tone: Tensor,    # n mean values to be, in (0, 1]
+    detail: Tensor,  # n factors of the deviations from the mean; below 0: light and dark change places
+) -> Tensor:         # x
+    "Another mean brightness and contrast inside each silhouette, which itself stays."
+    inside = silhouette(x)
+    n = (inside.sum((1, 2, 3))*x.shape[1]).clamp_min(1)
+    mean, tone, detail = (v[:, None, None, None] for v in ((x*inside).sum((1, 2, 3))/n, tone, detail))
+    return x.sub_(mean).mul_(detail).add_(tone).clamp_(.04, 1).mul_(inside)
+
 # %% ../nbs/01_augment.ipynb #afb74c41
 def disc_mask(
     size: int,  # side of a view in pixels
@@ -534,12 +555,22 @@ def check_views(
 ) -> None:
     "Checks every setting. Raises UserError that names the wrong one."
     check_crop(aug)
-    for name in ('jitter_p', 'gray_p', 'blur_p'):
+    for name in ('jitter_p', 'gray_p', 'blur_p', 'tint_p'):
         require(0 <= (p := getattr(aug, name)) <= 1, f'{name} is {p}: give a chance in [0, 1]')
     for name in ('rotation', 'brightness', 'contrast', 'saturation', 'erase'):
         require(0 <= (v := getattr(aug, name)) < math.inf, f'{name} is {v}: give a number of at least 0')
     require(0 <= aug.hue <= .5, f'hue is {aug.hue}: give at most half a turn, 0 to 0.5')
     keep_mask(aug)
+
+# %% ../nbs/01_augment.ipynb #ace54dde
+def tint_settings(
+    u: Tensor,       # n×4 random numbers in [0, 1)
+    tint_p: float,   # chance of a tint
+) -> dict[str, Tensor]:  # n tones, 0: this image keeps its own; n factors of detail
+    "Tones of 0.25 to 1; detail of 0.1 to 1, one time in five inverted."
+    some, tone, detail, inverted = u.unbind(1)
+    return dict(tone=torch.where(some < tint_p, .25 + .75*tone, 0),
+                detail=torch.where(inverted < .2, -1, 1)*(.1 + .9*detail))
 
 # %% ../nbs/01_augment.ipynb #e9049a2e
 def draw_views(
@@ -554,11 +585,13 @@ def draw_views(
     low, order = (1 - strength).clamp_min(0), torch.stack(rest[:blends], 1).argsort(1)
     factors = low + (1 + strength - low)*torch.stack(rest[3:6], 1)
     boxes, angle = random_boxes(x, aug.scale, aug.ratio, generator), (2*turn - 1)*aug.rotation
+    tints = uniform(x, 4, generator) if aug.tint_p else turn.new_ones(len(x), 4)
     return dict(boxes=boxes, matrix=crop_matrix(boxes, aug.size, flip < aug.flip_p, angle),
                 order=order, factors=factors, shift=(2*shift - 1)*aug.hue,
                 hue_at=torch.where(on, (at*4).long() if blends == 3 else 0, 4), gray=gray < aug.gray_p,
                 sigma=torch.where(blur < aug.blur_p, .1 + 1.9*sigma, 0),
-                center=torch.stack(rest[6:8], 1), side=torch.full_like(turn, aug.erase))
+                center=torch.stack(rest[6:8], 1), side=torch.full_like(turn, aug.erase),
+                **tint_settings(tints, aug.tint_p))
 
 # %% ../nbs/01_augment.ipynb #e7241b1f
 def render_views(
@@ -566,9 +599,11 @@ def render_views(
     x: Tensor,       # n×C×H×W images
     p: dict[str, Tensor],  # settings, one row per image
 ) -> Tensor:         # n×C×size×size in [0, 1]
-    "Geometry, then color, then grayscale, blur, the erased square and the disc."
+    "Geometry, then tint, color, grayscale, blur, the erased square and the disc."
     on = lambda v: v.to(x.device)
     x = warp(x, on(p['matrix']), aug.size, None if aug.rotation else edges(on(p['boxes'])))
+    if len(rows := p['tone'].nonzero()[:, 0]):
+        x[on(rows)] = tint_(x[on(rows)], on(p['tone'][rows]), on(p['detail'][rows]))
     color_jitter_(x, p['order'], p['factors'], p['shift'], p['hue_at'])
     if x.shape[1] == 3 and len(rows := p['gray'].nonzero()[:, 0]):
         x[on(rows)] = luma(x[on(rows)]).expand(-1, 3, -1, -1)
@@ -594,6 +629,7 @@ class SimCLRAugment(BatchAugment):
     gray_p: float = .2                       # chance of a gray view
     blur_p: float = 0.                       # chance of a blur of .1 to 2 pixels
     erase: int = 0                           # side in pixels of one erased square; 0: none
+    tint_p: float = 0.                       # chance of another cloth, see `tint_`; for things on black
     disc: bool = False                       # black outside the inscribed disc, for all-sky images
     check, draw, render = check_views, draw_views, render_views
 

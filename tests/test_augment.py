@@ -29,7 +29,7 @@ def one_by_one(f, x, values): return torch.stack([f(image, value.item()) for ima
 
 def everything(size, **kw):
     "A SimCLR augmentation with every switch on."
-    return SimCLRAugment(size, **{**dict(scale=(.3, 1.3), rotation=20, blur_p=.5, erase=2), **kw})
+    return SimCLRAugment(size, **{**dict(scale=(.3, 1.3), rotation=20, blur_p=.5, erase=2, tint_p=.5), **kw})
 
 # ---- the fourteen operations and the jitter, against torchvision
 
@@ -429,6 +429,38 @@ def inside(size):
     return torch.tensor([[math.hypot(i + .5 - size/2, j + .5 - size/2) <= size/2 for j in range(size)]
                          for i in range(size)])
 
+@quick
+@given(n=st.integers(1, 5), c=st.sampled_from([1, 3]), h=st.integers(1, 9), w=st.integers(1, 9),
+       seed=st.integers(0, 999))
+def test_tint_is_pixel_by_pixel(n, c, h, w, seed):
+    g = generator(seed)
+    x = torch.rand(n, c, h, w, generator=g)*(torch.rand(n, 1, h, w, generator=g) < .4)
+    tone, detail = torch.rand(n, generator=g), 2*torch.rand(n, generator=g) - 1
+    masks, out = A.silhouette(x), A.tint_(x.clone(), tone, detail)
+    for image, t, d, mask, result in zip(x.double(), tone.tolist(), detail.tolist(), masks, out):
+        rows = (image > .04).any(0).tolist()
+        spans = lambda line, i: any(line[:i + 1]) and any(line[i:])
+        inside = [[spans(row, j) and spans(column, i) for j, column in enumerate(zip(*rows))]
+                  for i, row in enumerate(rows)]
+        assert mask.shape == (1, h, w) and mask[0].bool().tolist() == inside
+        within = torch.tensor(inside)
+        mean = image[:, within].mean() if within.any() else 0
+        assert_close(result.double(), (t + d*(image - mean)).clamp(.04, 1)*within, atol=1e-6, rtol=0)
+
+def test_tints_are_drawn_only_when_asked_for_and_leave_the_rest_of_a_view_alone():
+    x = torch.empty(20_000, 1, 8, 8, device='meta')
+    plain, tinted = (SimCLRAugment(8, tint_p=p).draw(x, generator()) for p in (0, .3))
+    for name in plain.keys() - {'tone', 'detail'}: assert torch.equal(plain[name], tinted[name]), name
+    on, detail = tinted['tone'] > 0, tinted['detail']
+    assert not plain['tone'].any() and on.double().mean().item() == pytest.approx(.3, abs=.02)
+    assert tinted['tone'][on].min() >= .25 and tinted['tone'].max() <= 1
+    assert detail.abs().min() >= .1 and (detail < 0).double().mean().item() == pytest.approx(.2, abs=.02)
+    still = dict(scale=(1, 1), ratio=(1, 1), flip_p=0, jitter_p=0, gray_p=0)
+    photos = to_float(images(9, 3, 16, 16))
+    p = SimCLRAugment(16, **still, tint_p=1).draw(photos, generator())
+    assert_close(SimCLRAugment(16, **still, tint_p=1)(photos, generator()),
+                 A.tint_(photos.clone(), p['tone'], p['detail']), atol=1e-5, rtol=0)
+
 @pytest.mark.parametrize('size', [1, 2, 3, 7, 8, 31, 32, 96])
 def test_disc_mask_is_the_inscribed_circle(size):
     mask = A.disc_mask(size)
@@ -536,7 +568,7 @@ BAD_SETTINGS = [
     *[(SimCLRAugment, dict(size=8, **{name: value}), name) for name, value in [
         ('scale', (0., 1.)), ('scale', (1., .5)), ('scale', .5), ('scale', (.2, math.nan)),
         ('ratio', (-1., 1.)), ('flip_p', 1.2), ('jitter_p', -1), ('gray_p', math.nan), ('blur_p', 7),
-        ('hue', .6), ('rotation', -5),
+        ('tint_p', -.5), ('hue', .6), ('rotation', -5),
         ('brightness', -.1), ('contrast', math.inf), ('saturation', -2), ('erase', -1)]],
     *[(WeakAugment, dict(size=8, **{name: value}), name) for name, value in [
         ('scale', (.2, .5, 1)), ('ratio', (2., 1.)), ('flip_p', -.1)]],
