@@ -233,7 +233,7 @@ def _add_run(
     p.add_argument('source', metavar='SOURCE', help='digits, fashion-mnist, or a folder of images')
     p.add_argument('--n-clusters', type=int, metavar='K', help='how many clusters (default: 10)')
     p.add_argument('--out', metavar='DIR', help='run folder, continued if it exists (default: runs/NAME)')
-    p.add_argument('--preset', metavar='NAME', help='best: learn for longer, on fashion-mnist')
+    p.add_argument('--preset', metavar='NAME', help='best: two networks, on fashion-mnist')
     p.add_argument('--whole', action='store_true',
                    help='train on the held-out images of fashion-mnist as well, and grade all 70,000')
     p.add_argument('--seed', type=int, metavar='S', help='another seed, another run (default: 0)')

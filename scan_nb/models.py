@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['convolution', 'make_shortcut', 'BasicBlock', 'init_convolutions', 'make_stages', 'ResNet', 'small_resnet',
            'resnet18_cifar', 'resnet18_stl', 'Bottleneck', 'resnet50', 'evaluating', 'feature_dim', 'known_dim',
-           'make_backbone', 'projection_head', 'ImageModel', 'ContrastiveModel', 'ClusterHeads', 'select_head',
-           'ClusteringModel', 'split_heads', 'join_heads', 'official_state', 'read_weights', 'load_weights']
+           'make_backbone', 'SideBySide', 'projection_head', 'ImageModel', 'ContrastiveModel', 'ClusterHeads',
+           'select_head', 'ClusteringModel', 'split_heads', 'join_heads', 'official_state', 'read_weights',
+           'load_weights']
 
 # %% ../nbs/02_models.ipynb #2df9f491
 import math, re, zipfile
@@ -246,6 +247,18 @@ def make_backbone(
         raise UserError(f'The backbone {name!r} has no option {wrong[0]!r}: '
                         f'it has {", ".join(known) or "none"}.')
     return makers[name](in_channels, **options)
+
+# %% ../nbs/02_models.ipynb #3ec79f45
+class SideBySide(nn.Module):
+    "Several backbones as one: their features, each brought to length 1, one after the other."
+    def __init__(self,
+        *backbones: nn.Module, # each maps B×C×H×W to B×D of its own and has the attribute `dim`
+    ):
+        super().__init__()
+        self.backbones, self.dim = nn.ModuleList(backbones), sum(map(known_dim, backbones))
+
+    def forward(self, x): # B×C×H×W -> B×dim
+        return torch.cat([F.normalize(backbone(x), dim=1) for backbone in self.backbones], 1)
 
 # %% ../nbs/02_models.ipynb #fe7faf4a
 def projection_head(

@@ -19,7 +19,7 @@ from . import __version__
 from .augment import Normalize, SimCLRAugment, StrongAugment
 from .data import ImageSet, UserError, as_image_set, atomic_write
 from .evaluate import cluster_metrics, kmeans_baseline, label_free_metrics
-from .models import ClusteringModel, ContrastiveModel, make_backbone, select_head
+from .models import ClusteringModel, ContrastiveModel, SideBySide, make_backbone, select_head
 from .moco import train_moco
 from .neighbors import embed, mine_neighbors, mutual_neighbors, neighbor_accuracy, weighted_knn
 from .report import save_examples, write_report
@@ -39,6 +39,7 @@ class PretextSettings:
     widths: tuple | None = None        # channels per stage of small_resnet; None: four stages above 12 pixels
     stem_stride: int | None = None     # of small_resnet; None: 2 above 16 pixels, else 1
     views: dict | None = None          # settings of SimCLRAugment; None: its defaults
+    second_views: dict | None = None   # a second network learns from these; its features join in
     temperature: float = .5            # of NT-Xent
     pretext_epochs: int | None = None  # None: see `auto_epochs`
     pretext_batch: int = 256           # images per update
@@ -112,9 +113,10 @@ PRESETS = {
         temperature=.2, pretext_batch=512, pretext_lr=.2, scan_batch=512, heads_epochs=15),
     'folder': dict(),
 }
-PRESETS['fashion-mnist best'] = PRESETS['fashion-mnist'] | dict(   # longer; heads agree
-    widths=(16, 32, 64, 128), pretext_epochs=18, n_neighbors=50, head_choice='agreement', scan_epochs=0,
-    selflabel_epochs=0)
+_clothes = PRESETS['fashion-mnist']['views']
+PRESETS['fashion-mnist best'] = PRESETS['fashion-mnist'] | dict(   # one network for light, one for cloth
+    views=_clothes | dict(brightness=.9, contrast=.9), second_views=_clothes | dict(tint_p=.8),
+    widths=(16, 32, 64, 128), pretext_epochs=14, n_neighbors=50, scan_epochs=0, selflabel_epochs=0)
 
 # %% ../nbs/12_pipeline.ipynb #849d4d4b
 OPTIONAL = {'pretext_epochs', 'scan_epochs', 'selflabel_epochs', 'stem_stride', 'ema_decay'}   # may be None
@@ -164,7 +166,7 @@ def check_settings(
     widths = [1] if settings['widths'] is None else settings['widths']
     if not (isinstance(widths, list) and widths and all(type(w) is int and w > 0 for w in widths)):
         raise UserError(f'widths is {widths!r}: give one or more whole numbers of channels.')
-    for name, kind in (('views', dict | None), ('strong', dict | bool)):
+    for name, kind in (('views', dict | None), ('second_views', dict | None), ('strong', dict | bool)):
         if not isinstance(settings[name], kind):
             raise UserError(f'{name} is {settings[name]!r}: give a dict of settings, or leave it out.')
     for name, values in (('precision', ('bf16', 'float32')), ('compile', (False, True)),
@@ -203,15 +205,26 @@ def resolve(
     return out | dict(views=out['views'] or {}, strong={} if out['strong'] is True else out['strong'])
 
 # %% ../nbs/12_pipeline.ipynb #40258fba
+def _make_network(
+    settings: dict,  # resolved
+    channels: int,   # 1 or 3
+    side: int,       # of the images, in pixels
+) -> nn.Module:      # weights from the global generator
+    "One network of a recipe. Raises UserError for an unknown name."
+    name = settings['backbone']
+    options = dict(widths=tuple(settings['widths']), stem_stride=settings['stem_stride'])
+    return make_backbone(name, channels, side, **(options if name == 'small_resnet' else {}))
+
+# %% ../nbs/12_pipeline.ipynb #46759096
 def _make_backbone(
     settings: dict,  # resolved
     channels: int,   # 1 or 3
     side: int,       # of the images, in pixels
 ) -> nn.Module:      # weights from the global generator
-    "The backbone of a recipe. Raises UserError for an unknown name."
-    name = settings['backbone']
-    options = dict(widths=tuple(settings['widths']), stem_stride=settings['stem_stride'])
-    return make_backbone(name, channels, side, **(options if name == 'small_resnet' else {}))
+    "The backbone of a recipe: one network, or two side by side. Raises UserError for an unknown name."
+    first = _make_network(settings, channels, side)
+    if settings.get('second_views') is None: return first
+    return SideBySide(first, _make_network(settings, channels, side))
 
 # %% ../nbs/12_pipeline.ipynb #4370d206
 def make_views(
@@ -432,15 +445,17 @@ def _accuracy_monitor(
     return lambda epoch: {'acc': cluster_metrics(logits_of(model, data.images).argmax(1), data.labels)['acc']}
 
 # %% ../nbs/12_pipeline.ipynb #eba2f254
-def learn_features(
-    job: Job,           # its images are learned from
+def _learn_network(
+    job: Job,       # its images are learned from
+    stage: str,     # 'pretext' or 'pretext2'
+    options: dict,  # of the views
 ) -> ContrastiveModel:  # trained, on the device
-    "Step 1: SimCLR or MoCo (SCAN, section 2.1)."
+    "SimCLR or MoCo (SCAN, section 2.1)."
     s, (channels, *sides) = job.settings, job.images.shape[1:]
     with seeded(s['seed']):
-        model = ContrastiveModel(_make_backbone(s, channels, min(sides)), normalize=Normalize.fit(job.images))
+        model = ContrastiveModel(_make_network(s, channels, min(sides)), normalize=Normalize.fit(job.images))
     model = tune(model.to(job.device), s['precision'], s['compile'])
-    views = make_views(SimCLRAugment, min(sides), s['views'])
+    views = make_views(SimCLRAugment, min(sides), options)
     def work(checkpoint):
         history = dict(simclr=train_simclr, moco=train_moco)[s['pretext']](
             model, job.images, views, epochs=s['pretext_epochs'], batch_size=s['pretext_batch'],
@@ -449,8 +464,21 @@ def learn_features(
             progress=job.bar('1/4 MoCo' if s['pretext'] == 'moco' else '1/4 SimCLR'))
         return dict(model=model.state_dict(), history=history, kept=True,
                     reason=f'{model.backbone.dim} numbers per image, much the same for all its views')
-    model.load_state_dict(run_stage(job, 'pretext', work)['model'])
+    model.load_state_dict(run_stage(job, stage, work)['model'])
     return model
+
+# %% ../nbs/12_pipeline.ipynb #45021d40
+def learn_features(
+    job: Job,           # its images are learned from
+) -> ContrastiveModel:  # trained, on the device
+    "Step 1: one network, or two that learn from views of their own and give their features side by side."
+    s = job.settings
+    first = _learn_network(job, 'pretext', s['views'])
+    if s['second_views'] is None: return first
+    second = _learn_network(job, 'pretext2', s['second_views'])
+    with seeded(s['seed']):
+        both = ContrastiveModel(SideBySide(first.backbone, second.backbone), normalize=first.normalize)
+    return tune(both.to(job.device), s['precision'], s['compile'])
 
 # %% ../nbs/12_pipeline.ipynb #228abae8
 def _write_arrays(
@@ -727,13 +755,15 @@ def estimate_seconds(
     "What a run will take. SCAN and self-labelling also pass two views of an image through the network."
     s, n, side = job.settings, len(job.images), min(job.images.shape[2:])
     part, few, g = job.images[:3*s['pretext_batch']], min(n, 4096), make_generator(0)
-    with seeded(s['seed']): model = ContrastiveModel(_make_backbone(s, part.shape[1], side)).to(job.device)
+    with seeded(s['seed']): model = ContrastiveModel(_make_network(s, part.shape[1], side)).to(job.device)
     model, trainer = tune(model, s['precision']), dict(simclr=train_simclr, moco=train_moco)[s['pretext']]
     views = make_views(SimCLRAugment, side, s['views'])
-    epoch = n/len(part)*_seconds(
+    networks = 1 if s['second_views'] is None else 2
+    epoch = networks*n/len(part)*_seconds(
         lambda: trainer(model, part, views, epochs=1, batch_size=s['pretext_batch'], lr=0.))
-    z, k = torch.randn(few, model.backbone.dim, generator=g).to(job.device), min(s['n_neighbors'], few - 1)
-    near, power = torch.randint(few, (few, k), generator=g).to(job.device), 2 if s['index'] == 'exact' else 1
+    z = torch.randn(few, networks*model.backbone.dim, generator=g).to(job.device)
+    k, power = min(s['n_neighbors'], few - 1), 2 if s['index'] == 'exact' else 1
+    near = torch.randint(few, (few, k), generator=g).to(job.device)
     mining = _seconds(lambda: mine_neighbors(z, k, s['index']).cpu())*(n/few)**power
     heads = _seconds(lambda: train_heads(z, near, s['n_clusters'], n_heads=s['n_heads'], epochs=1))*n/few
     return dict(neighbors=mining, heads=heads*s['heads_epochs']) | {
@@ -820,7 +850,8 @@ def _begin(
     data, *held_out = splits.values()
     side, out = min(data.images.shape[2:]), settings['out']
     known = resolve(settings, len(data), side, device)
-    make_views(SimCLRAugment, side, known['views']), make_views(StrongAugment, side, known['strong'] or {})
+    for views in (known['views'], known['second_views'] or {}): make_views(SimCLRAugment, side, views)
+    make_views(StrongAugment, side, known['strong'] or {})
     with seeded(0): _make_backbone(known, data.images.shape[1], side)
     recipe = dict(scan_nb=__version__, settings=known, data=fingerprint_images(data))
     if held_out: recipe['data']['test'] = fingerprint_images(held_out[0])

@@ -226,7 +226,8 @@ def _list_clusters(
     return found
 
 # %% ../nbs/12a_report.ipynb #14340573
-STAGE_NAMES = {'pretext': 'Features', 'neighbors': 'Nearest neighbors',
+STAGE_NAMES = {'pretext': 'Features', 'pretext2': 'Features of another network',
+               'neighbors': 'Nearest neighbors',
                'heads': 'Heads on fixed features', 'scan': 'SCAN, the whole network',
                'selflabel': 'Self-labelling', 'compare': 'Map and baselines',
                'kmeans_pixels': 'k-means on pixels', 'kmeans_features': 'k-means on features'}

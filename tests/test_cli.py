@@ -100,7 +100,9 @@ def test_whole_set_and_best_preset(tmp_path, monkeypatch, capsys):
     run = tmp_path/'runs/fashion-mnist-best-whole'
     recipe = pipeline.read_recipe(run)
     assert asked == ['all'] and recipe['data']['images'] == 90
-    assert recipe['settings']['head_choice'] == 'agreement' and recipe['settings']['views']['erase'] == 7
+    settings = recipe['settings']
+    assert settings['second_views']['tint_p'] == .8 and settings['views']['erase'] == 7
+    assert (run/'checkpoints'/'pretext2.pt').exists()
     assert list(json.loads((run/'metrics.json').read_text())['splits']) == ['all']
     err = capsys.readouterr().err
     assert err.index('About 1 minute on cpu') < err.index('1/4 SimCLR')

@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from scan_nb.augment import Normalize
 from scan_nb.data import UserError
 from scan_nb.models import (BasicBlock, Bottleneck, ClusterHeads, ClusteringModel, ContrastiveModel,
-                            evaluating, feature_dim, resnet18_cifar, resnet18_stl, resnet50, select_head,
-                            small_resnet)
+                            SideBySide, evaluating, feature_dim, resnet18_cifar, resnet18_stl, resnet50,
+                            select_head, small_resnet)
 
 BACKBONES = [(small_resnet, 8, 256), (small_resnet, 28, 256), (resnet18_cifar, 32, 512),
              (resnet18_stl, 96, 512), (resnet50, 224, 2048)]
@@ -325,6 +325,16 @@ def test_select_refuses(head):
 def test_select_keeps_dtype():
     heads = ClusterHeads(4, 3, 2).double()
     assert select_head(heads, 1).weight.dtype == torch.float64
+
+def test_side_by_side_is_each_alone():
+    parts = [randomize(tiny()), randomize(small_resnet(1, (8, 16, 24)))]
+    pair, x = SideBySide(*parts).eval(), torch.rand(5, 1, 8, 8)
+    z = pair(x)
+    assert z.shape == (5, pair.dim) == (5, 8 + 24)
+    for part, own in zip(parts, z.split([8, 24], 1)):
+        alone = part.eval()(x)
+        torch.testing.assert_close(own, alone/alone.square().sum(1, keepdim=True).sqrt())
+    with pytest.raises(UserError, match='no feature size `dim`'): SideBySide(tiny(), nn.Flatten())
 
 def test_models_copy_and_round_trip(tmp_path):
     model = ClusteringModel(tiny(), 6, n_heads=2, normalize=Normalize([.5], [.5])).eval()

@@ -465,7 +465,7 @@ def test_presets_are_known_settings():
     for preset in PRESETS.values():
         settings = SCAN(**preset).get_params()
         pipeline.check_settings(pipeline._plain(settings))
-        make_views(SimCLRAugment, 28, preset.get('views', {}))
+        for name in ('views', 'second_views'): make_views(SimCLRAugment, 28, preset.get(name) or {})
     assert {'digits', 'fashion-mnist', 'folder'} <= PRESETS.keys()
 
 def test_head_choice_decides(data):
@@ -483,7 +483,27 @@ def test_head_choice_decides(data):
     with pytest.raises(UserError, match="head_choice is 'luck': give loss or agreement or both"):
         SCAN(head_choice='luck').fit(data)
 
-@pytest.mark.parametrize('change', [dict(pretext='moco'), dict(index='ivf'), dict(scan_epochs=0)])
+def test_two_networks_learn_alone_and_join_their_features(data, tmp_path):
+    other = dict(tint_p=.9, jitter_p=.2)
+    one, two = (SCAN(**TINY, views=views).fit(data).embeddings_ for views in (None, other))
+    settings = TINY | dict(second_views=other, out=tmp_path/'run')
+    both = SCAN(**settings).fit(data)
+    unit = lambda x: x/np.linalg.norm(x, axis=1, keepdims=True)
+    np.testing.assert_allclose(both.embeddings_, np.concatenate([unit(one), unit(two)], 1), rtol=0, atol=1e-6)
+    assert {k: len(v) for k, v in both.history_.items() if v} == dict(
+        pretext=2, pretext2=2, heads=3, scan=2, selflabel=2)
+    assert (tmp_path/'run'/'checkpoints'/'pretext2.pt').exists()
+    loaded = SCAN.load(tmp_path/'run')
+    np.testing.assert_array_equal(loaded.predict(data.images), both.predict(data.images))
+    continued = SCAN(**settings).fit(data)
+    np.testing.assert_array_equal(continued.labels_, both.labels_)
+
+@pytest.mark.parametrize('views, words', [([], 'second_views is'), (dict(tint=1), "no setting 'tint'")])
+def test_second_views_are_checked(data, views, words):
+    with pytest.raises(UserError, match=words): SCAN(**TINY, second_views=views).fit(data)
+
+@pytest.mark.parametrize('change', [
+    dict(pretext='moco'), dict(index='ivf'), dict(scan_epochs=0), dict(second_views={})])
 def test_the_estimate(data, change):
     settings = pipeline._plain(SCAN(**TINY | change).get_params())
     job, _ = pipeline._begin(settings, {'all': data}, torch.device('cpu'))
