@@ -615,7 +615,7 @@ def render_views(
 # %% ../nbs/01_augment.ipynb #880fc1f3
 @dataclass(eq=False)
 class SimCLRAugment(BatchAugment):
-    "Random crop, flip, rotation, color jitter, grayscale, blur, erased square (SimCLR, section 3)."
+    "Random crop, flip, rotation, tint, color jitter, grayscale, blur, erased square (SimCLR, section 3)."
     size: int                                # side of a view in pixels
     scale: tuple[float, float] = (.2, 1.)    # area of the crop; an upper end above 1 zooms out
     ratio: tuple[float, float] = (3/4, 4/3)  # width by height of the crop, log-uniform
