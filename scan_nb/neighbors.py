@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'GROUP', 'SIDE', 'run_over', 'embed', 'unit_rows', 'cosine_blocks', 'mine_neighbors', 'neighbor_accuracy',
-           'mutual_neighbors', 'embed_views', 'weighted_knn']
+           'mutual_neighbors', 'whiten', 'embed_views', 'weighted_knn']
 
 # %% ../nbs/08_neighbors.ipynb #b01f7b79
 from collections.abc import Callable, Iterator
@@ -280,6 +280,21 @@ def mutual_neighbors(
     order, amount = (~mutual).long().argsort(dim=1, stable=True), mutual.sum(1, keepdim=True).clamp_min(1)
     columns = torch.arange(neighbors.shape[1], device=neighbors.device) % amount
     return neighbors.gather(1, order.gather(1, columns))
+
+# %% ../nbs/08_neighbors.ipynb #ed7a37f6
+@torch.no_grad()
+def whiten(
+    embeddings: Tensor,  # N×D, any norm; each is brought to length 1 first
+    power: float = .5,   # 0: centered only … 1: the same variance along each axis
+) -> Tensor:             # N×D float32 on the same device, one column per axis
+    "Features with their axes evened out. Raises UserError for a power outside 0…1 or what is no N×D."
+    if not 0 <= power <= 1: raise UserError(f'The power of whitening must be from 0 to 1, not {power}.')
+    z = unit_rows(embeddings)
+    z = z - z.mean(0)
+    parts = z.split(2**16)   # their products are added up in float64
+    variances, axes = torch.linalg.eigh(sum((x.T @ x).cpu().double() for x in parts)/len(z))
+    scale = variances.clamp_min(max(1e-6*variances[-1].item(), 1e-12))**(-power/2)
+    return z @ (axes*scale).float().to(z.device)
 
 # %% ../nbs/08_neighbors.ipynb #a7d10009
 def _each_view(model, images, augment, n_views, batch_size, generator):

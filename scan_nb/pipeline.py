@@ -21,7 +21,7 @@ from .data import ImageSet, UserError, as_image_set, atomic_write
 from .evaluate import cluster_metrics, kmeans_baseline, label_free_metrics
 from .models import ClusteringModel, ContrastiveModel, SideBySide, make_backbone, select_head
 from .moco import train_moco
-from .neighbors import embed, mine_neighbors, mutual_neighbors, neighbor_accuracy, weighted_knn
+from .neighbors import embed, mine_neighbors, mutual_neighbors, neighbor_accuracy, weighted_knn, whiten
 from .report import save_examples, write_report
 from .scan import clustering_health, diagnose, find_prior, logits_of, train_heads, train_scan
 from .selflabel import train_selflabel
@@ -53,6 +53,7 @@ class ClusterSettings:
     n_neighbors: int = 20                # of each image, fewer than there are images
     index: str = 'exact'                 # how they are found: beyond a million images also 'ivf', 'hnsw'
     n_views: int = 0                     # 0: embed the image itself; more: the mean of so many of its views
+    whiten: float = 0.                   # before mining, even out the axes of the features: 0 not … 1 fully
     mutual: bool = False                 # only pairs that are in each other's lists
     time_window: float = 0.              # seconds; images nearer in time are no neighbors (they need times)
     n_heads: int = 64                    # cluster heads trained side by side; the best one starts SCAN
@@ -126,7 +127,7 @@ LIMITS = dict(   # type and lowest value
     pretext_batch=(int, 2), scan_batch=(int, 1), selflabel_batch=(int, 1), temperature=(float, 1e-6),
     pretext_lr=(float, 0), scan_lr=(float, 0), selflabel_lr=(float, 0), pretext_decay=(float, 0),
     entropy_weight=(float, 0), threshold=(float, 0), n_views=(int, 0), time_window=(float, 0),
-    remine_every=(int, 0), ema_decay=(float, 0))
+    whiten=(float, 0), remine_every=(int, 0), ema_decay=(float, 0))
 
 # %% ../nbs/12_pipeline.ipynb #b78a875c
 def _plain(
@@ -157,6 +158,7 @@ def check_settings(
     "Raises UserError that names the first wrong setting."
     for name in LIMITS: _check_number(name, settings[name])
     if settings['threshold'] >= 1: raise UserError('threshold is 1 or more: no image can be that certain.')
+    if settings['whiten'] > 1: raise UserError('whiten is more than 1: give 0 (not) to 1 (fully).')
     if settings['prior'] != 'estimate': find_prior(settings['prior'], settings['n_clusters'], None)
     if (settings['ema_decay'] or 0) >= 1: raise UserError('ema_decay is 1 or more: such a mean never moves.')
     if settings['pretext'] not in ('simclr', 'moco'):
@@ -511,14 +513,15 @@ def _mine(
     model: ContrastiveModel,  # trained
     k: int,                   # neighbors of each image
 ) -> tuple:                   # embeddings N×D and neighbors N×K, on the CPU
-    "Nearest neighbors: of the images or of the mean of their views, across time, mutual."
+    "Nearest neighbors: of the images or of the mean of their views, whitened, across time, mutual."
     s, views, side = job.settings, {}, min(job.images.shape[2:])
     if s['n_views']:
         views = dict(augment=make_views(SimCLRAugment, side, s['views']), n_views=s['n_views'],
                      generator=make_generator(s['seed'], job.device))
     embeddings = embed(model, job.images, **views)
     times = job.data.times if s['time_window'] else None
-    near = mine_neighbors(embeddings.to(job.device), k, s['index'], times, s['time_window'])
+    compared = whiten(embeddings, s['whiten']) if s['whiten'] else embeddings
+    near = mine_neighbors(compared.to(job.device), k, s['index'], times, s['time_window'])
     return embeddings, (mutual_neighbors(near) if s['mutual'] else near).cpu()
 
 # %% ../nbs/12_pipeline.ipynb #323164dc

@@ -7,7 +7,7 @@ from scan_nb import neighbors
 from scan_nb.data import UserError, digits
 from scan_nb.models import ClusteringModel, ContrastiveModel, small_resnet
 from scan_nb.neighbors import (cosine_blocks, embed, embed_views, mine_neighbors, mutual_neighbors,
-                               neighbor_accuracy, unit_rows, weighted_knn)
+                               neighbor_accuracy, unit_rows, weighted_knn, whiten)
 from torch import nn
 
 @pytest.fixture(autouse=True)
@@ -382,6 +382,34 @@ def test_mutual_of_everybody_changes_nothing():
                                    torch.zeros(3, 0, dtype=torch.int64)])
 def test_mutual_of_no_table(wrong):
     with pytest.raises(UserError, match='Neighbors must be N×k'): mutual_neighbors(wrong)
+
+# ---- whitening ---------------------------------------------------------------------------------------------
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(20, 200), d=st.integers(1, 8), power=st.floats(0, 1), seed=st.integers(0, 10**6))
+def test_whitening_is_that_of_numpy(n, d, power, seed):
+    "Each axis of the covariance of the unit rows, divided by a power of its standard deviation."
+    x = np.random.default_rng(seed).normal(size=(n, d))*np.geomspace(1, .1, d) + .3
+    unit = x/np.linalg.norm(x, axis=1, keepdims=True)
+    unit = unit - unit.mean(0)
+    variances, axes = np.linalg.eigh(unit.T @ unit/n)
+    scale = np.maximum(variances, max(1e-6*variances[-1], 1e-12))**(-power/2)
+    gram = unit @ (axes*scale**2) @ axes.T @ unit.T   # products of rows: no matter which way an axis points
+    found = whiten(torch.from_numpy(x), power).double().numpy()
+    np.testing.assert_allclose(found @ found.T, gram, atol=2e-3*max(1, abs(gram).max()))
+
+def test_whitening_evens_out_the_axes():
+    x = normal(500, 6)*torch.tensor([9., 3, 1, .5, .2, .1])
+    spread = [whiten(x, p).std(0) for p in (0., .5, 1.)]
+    ratios = [float(s.max()/s.min()) for s in spread]
+    assert ratios[0] > 10 and ratios[1] == pytest.approx(ratios[0]**.5, rel=.01) and ratios[2] < 1.01
+
+def test_whitening_of_rows_that_are_all_alike():
+    assert (whiten(torch.ones(5, 3), 1.).abs() < 1e-3).all()
+
+@pytest.mark.parametrize('power', [-.1, 1.1, float('nan')])
+def test_a_wrong_power_of_whitening_is_named(power):
+    with pytest.raises(UserError, match='power of whitening must be from 0 to 1'): whiten(torch.eye(3), power)
 
 # ---- near copies in time -----------------------------------------------------------------------------------
 

@@ -560,7 +560,7 @@ def test_resolve_leaves_explicit_numbers():
 
 # -- switches --
 
-SWITCHES = [dict(pretext='moco'), dict(mutual=True), dict(n_views=2), dict(prior='estimate'),
+SWITCHES = [dict(pretext='moco'), dict(mutual=True), dict(whiten=.5), dict(n_views=2), dict(prior='estimate'),
             dict(prior=[.5, .3, .2]), dict(remine_every=1), dict(soft_targets=True), dict(ema_decay=None),
             dict(backbone='resnet18')]
 
@@ -593,7 +593,8 @@ def test_a_time_window_needs_times(data):
 @pytest.mark.parametrize('wrong, word', [
     (dict(pretext='byol'), 'simclr'), (dict(backbone='resnet19'), 'resnet18'),
     (dict(prior=[.5, .5]), 'prior'), (dict(index='flat'), 'index'),
-    (dict(n_views=-1), 'n_views'), (dict(time_window=-1.), 'time_window'), (dict(ema_decay=1.), 'ema_decay')])
+    (dict(n_views=-1), 'n_views'), (dict(time_window=-1.), 'time_window'), (dict(ema_decay=1.), 'ema_decay'),
+    (dict(whiten=1.5), 'whiten'), (dict(whiten=-.1), 'whiten')])
 def test_a_wrong_switch_is_named(wrong, word, data):
     with pytest.raises(UserError, match=word): SCAN(**TINY | wrong).fit(data)
 
