@@ -6,9 +6,10 @@
 __all__ = ['STRONG_OPS', 'KINDS', 'to_float', 'check_batch', 'warp_grid', 'compiled', 'in_threads', 'warp_loop', 'warp',
            'random_boxes', 'crop_matrix', 'crop', 'luma', 'blend_', 'brightness', 'contrast', 'color', 'hue_offsets',
            'hue_', 'hue', 'jitter_step_', 'jitter_groups_', 'jitter_loop_', 'color_jitter_', 'gaussian_blur',
-           'cut_out_', 'silhouette', 'tint_', 'disc_mask', 'BatchAugment', 'SimCLRAugment', 'WeakAugment', 'motion',
-           'rotate', 'shear_x', 'shear_y', 'translate_x', 'translate_y', 'identity', 'autocontrast', 'equalize',
-           'solarize', 'posterize', 'sharpness', 'strong_groups', 'strong_loop', 'StrongAugment', 'Normalize']
+           'cut_out_', 'silhouette', 'tint_', 'middle_strip', 'disc_mask', 'BatchAugment', 'SimCLRAugment',
+           'WeakAugment', 'motion', 'rotate', 'shear_x', 'shear_y', 'translate_x', 'translate_y', 'identity',
+           'autocontrast', 'equalize', 'solarize', 'posterize', 'sharpness', 'strong_groups', 'strong_loop',
+           'StrongAugment', 'Normalize']
 
 # %% ../nbs/01_augment.ipynb #34c0aa7b
 import difflib
@@ -502,6 +503,16 @@ def tint_(
     mean, tone, detail = (v[:, None, None, None] for v in ((x*inside).sum((1, 2, 3))/n, tone, detail))
     return x.sub_(mean).mul_(detail).add_(tone).clamp_(.04, 1).mul_(inside)
 
+# %% ../nbs/01_augment.ipynb #01e30cdf
+def middle_strip(
+    x: Tensor,      # n×C×H×W images, of bytes or float
+    share: Tensor,  # n parts of the width that stay, in [0, 1]
+) -> Tensor:        # n×C×H×W of the same type
+    "An upright strip down the middle, black beside it: a column stays when its center lies within."
+    width = x.shape[-1]
+    away = (torch.arange(width, device=x.device) + .5 - width/2).abs()
+    return x*(away <= share[:, None]*width/2)[:, None, None].to(x.dtype)
+
 # %% ../nbs/01_augment.ipynb #afb74c41
 def disc_mask(
     size: int,  # side of a view in pixels
@@ -555,7 +566,7 @@ def check_views(
 ) -> None:
     "Checks every setting. Raises UserError that names the wrong one."
     check_crop(aug)
-    for name in ('jitter_p', 'gray_p', 'blur_p', 'tint_p'):
+    for name in ('jitter_p', 'gray_p', 'blur_p', 'tint_p', 'strip_p'):
         require(0 <= (p := getattr(aug, name)) <= 1, f'{name} is {p}: give a chance in [0, 1]')
     for name in ('rotation', 'brightness', 'contrast', 'saturation', 'erase'):
         require(0 <= (v := getattr(aug, name)) < math.inf, f'{name} is {v}: give a number of at least 0')
@@ -586,12 +597,13 @@ def draw_views(
     factors = low + (1 + strength - low)*torch.stack(rest[3:6], 1)
     boxes, angle = random_boxes(x, aug.scale, aug.ratio, generator), (2*turn - 1)*aug.rotation
     tints = uniform(x, 4, generator) if aug.tint_p else turn.new_ones(len(x), 4)
+    some, strip = (uniform(x, 2, generator) if aug.strip_p else turn.new_ones(len(x), 2)).unbind(1)
     return dict(boxes=boxes, matrix=crop_matrix(boxes, aug.size, flip < aug.flip_p, angle),
                 order=order, factors=factors, shift=(2*shift - 1)*aug.hue,
                 hue_at=torch.where(on, (at*4).long() if blends == 3 else 0, 4), gray=gray < aug.gray_p,
                 sigma=torch.where(blur < aug.blur_p, .1 + 1.9*sigma, 0),
                 center=torch.stack(rest[6:8], 1), side=torch.full_like(turn, aug.erase),
-                **tint_settings(tints, aug.tint_p))
+                strip=torch.where(some < aug.strip_p, .3 + .2*strip, 1), **tint_settings(tints, aug.tint_p))
 
 # %% ../nbs/01_augment.ipynb #e7241b1f
 def render_views(
@@ -599,8 +611,9 @@ def render_views(
     x: Tensor,       # n×C×H×W images
     p: dict[str, Tensor],  # settings, one row per image
 ) -> Tensor:         # n×C×size×size in [0, 1]
-    "Geometry, then tint, color, grayscale, blur, the erased square and the disc."
+    "The strip, geometry, then tint, color, grayscale, blur, the erased square and the disc."
     on = lambda v: v.to(x.device)
+    if aug.strip_p: x = middle_strip(x, on(p['strip']))
     x = warp(x, on(p['matrix']), aug.size, None if aug.rotation else edges(on(p['boxes'])))
     if len(rows := p['tone'].nonzero()[:, 0]):
         x[on(rows)] = tint_(x[on(rows)], on(p['tone'][rows]), on(p['detail'][rows]))
@@ -615,7 +628,7 @@ def render_views(
 # %% ../nbs/01_augment.ipynb #880fc1f3
 @dataclass(eq=False)
 class SimCLRAugment(BatchAugment):
-    "Random crop, flip, rotation, tint, color jitter, grayscale, blur, erased square (SimCLR, section 3)."
+    "Random strip, crop, flip, rotation, tint, jitter, grayscale, blur, erased square (SimCLR, section 3)."
     size: int                                # side of a view in pixels
     scale: tuple[float, float] = (.2, 1.)    # area of the crop; an upper end above 1 zooms out
     ratio: tuple[float, float] = (3/4, 4/3)  # width by height of the crop, log-uniform
@@ -630,6 +643,7 @@ class SimCLRAugment(BatchAugment):
     blur_p: float = 0.                       # chance of a blur of .1 to 2 pixels
     erase: int = 0                           # side in pixels of one erased square; 0: none
     tint_p: float = 0.                       # chance of another cloth, see `tint_`; for things on black
+    strip_p: float = 0.                      # chance of a `middle_strip` of 0.3 to 0.5 of the width
     disc: bool = False                       # black outside the inscribed disc, for all-sky images
     check, draw, render = check_views, draw_views, render_views
 

@@ -29,7 +29,8 @@ def one_by_one(f, x, values): return torch.stack([f(image, value.item()) for ima
 
 def everything(size, **kw):
     "A SimCLR augmentation with every switch on."
-    return SimCLRAugment(size, **{**dict(scale=(.3, 1.3), rotation=20, blur_p=.5, erase=2, tint_p=.5), **kw})
+    most = dict(scale=(.3, 1.3), rotation=20, blur_p=.5, erase=2, tint_p=.5, strip_p=.5)
+    return SimCLRAugment(size, **most | kw)
 
 # ---- the fourteen operations and the jitter, against torchvision
 
@@ -461,6 +462,32 @@ def test_tints_are_drawn_only_when_asked_for_and_leave_the_rest_of_a_view_alone(
     assert_close(SimCLRAugment(16, **still, tint_p=1)(photos, generator()),
                  A.tint_(photos.clone(), p['tone'], p['detail']), atol=1e-5, rtol=0)
 
+@quick
+@given(c=st.sampled_from([1, 3]), h=st.integers(1, 5), w=st.integers(1, 12), share=st.floats(0, 1),
+       byte=st.booleans())
+def test_middle_strip_leaves_the_columns_whose_center_lies_within(c, h, w, share, byte):
+    x = torch.ones(2, c, h, w, dtype=torch.uint8 if byte else torch.float32)
+    out = A.middle_strip(x, torch.tensor([share, 1.]))
+    share = torch.tensor(share).item()   # as float32 has it
+    kept = [abs(j + .5 - w/2) <= share*w/2 for j in range(w)]
+    near = [abs(abs(j + .5 - w/2) - share*w/2) < 1e-5 for j in range(w)]   # either is right
+    assert out.dtype == x.dtype and torch.equal(out[1], x[1])
+    for column, keep, either in zip(out[0].unbind(-1), kept, near):
+        assert either or (column == int(keep)).all()
+
+def test_strips_are_drawn_only_when_asked_for_and_leave_the_rest_of_a_view_alone():
+    x = torch.empty(20_000, 1, 8, 8, device='meta')
+    plain, some = (SimCLRAugment(8, tint_p=.5, strip_p=p).draw(x, generator()) for p in (0, .3))
+    for name in plain.keys() - {'strip'}: assert torch.equal(plain[name], some[name]), name
+    on = some['strip'] < 1
+    assert (plain['strip'] == 1).all() and on.double().mean().item() == pytest.approx(.3, abs=.02)
+    assert some['strip'][on].min() >= .3 and some['strip'][on].max() <= .5
+    still = dict(scale=(1, 1), ratio=(1, 1), flip_p=0, jitter_p=0, gray_p=0)
+    photos = images(9, 3, 16, 16)
+    p = SimCLRAugment(16, **still, strip_p=.5).draw(photos, generator())
+    assert_close(SimCLRAugment(16, **still, strip_p=.5)(photos, generator()),
+                 to_float(A.middle_strip(photos, p['strip'])), atol=1e-5, rtol=0)
+
 @pytest.mark.parametrize('size', [1, 2, 3, 7, 8, 31, 32, 96])
 def test_disc_mask_is_the_inscribed_circle(size):
     mask = A.disc_mask(size)
@@ -568,7 +595,7 @@ BAD_SETTINGS = [
     *[(SimCLRAugment, dict(size=8, **{name: value}), name) for name, value in [
         ('scale', (0., 1.)), ('scale', (1., .5)), ('scale', .5), ('scale', (.2, math.nan)),
         ('ratio', (-1., 1.)), ('flip_p', 1.2), ('jitter_p', -1), ('gray_p', math.nan), ('blur_p', 7),
-        ('tint_p', -.5), ('hue', .6), ('rotation', -5),
+        ('tint_p', -.5), ('strip_p', 2), ('hue', .6), ('rotation', -5),
         ('brightness', -.1), ('contrast', math.inf), ('saturation', -2), ('erase', -1)]],
     *[(WeakAugment, dict(size=8, **{name: value}), name) for name, value in [
         ('scale', (.2, .5, 1)), ('ratio', (2., 1.)), ('flip_p', -.1)]],

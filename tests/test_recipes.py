@@ -188,7 +188,7 @@ low_high = st.tuples(st.floats(.01, 1), st.floats(1, 3))
 options = {
     'simclr': dict(scale=low_high, ratio=low_high, flip_p=unit, rotation=st.floats(0, 180), brightness=unit,
                    contrast=unit, saturation=unit, hue=st.floats(0, .5), jitter_p=unit, gray_p=unit,
-                   blur_p=unit, tint_p=unit, erase=st.integers(0, 9), disc=st.booleans()),
+                   blur_p=unit, tint_p=unit, strip_p=unit, erase=st.integers(0, 9), disc=st.booleans()),
     'standard': dict(scale=low_high, ratio=low_high, flip_p=unit),
     'ours': dict(n_ops=st.integers(0, 6), cutout=st.none() | st.integers(0, 9), flip_p=unit, fill=unit,
                  ops=st.just(('identity', 'rotate')), disc=st.booleans())}
