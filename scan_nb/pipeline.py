@@ -114,10 +114,11 @@ PRESETS = {
         temperature=.2, pretext_batch=512, pretext_lr=.2, scan_batch=512, heads_epochs=15),
     'folder': dict(),
 }
-_clothes = PRESETS['fashion-mnist']['views']
-PRESETS['fashion-mnist best'] = PRESETS['fashion-mnist'] | dict(   # one network for light, one for cloth
-    views=_clothes | dict(brightness=.9, contrast=.9), second_views=_clothes | dict(tint_p=.8),
-    widths=(16, 32, 64, 128), pretext_epochs=14, n_neighbors=50, scan_epochs=0, selflabel_epochs=0)
+_clothes = PRESETS['fashion-mnist']['views'] | dict(   # other cloth, and no sleeves in every second view
+    scale=(.65, 1.15), ratio=(.9, 1.1), erase=11, tint_p=.8, strip_p=.5)
+PRESETS['fashion-mnist best'] = PRESETS['fashion-mnist'] | dict(
+    views=_clothes, second_views=_clothes | dict(strip_p=.75), widths=(16, 32, 64, 128), pretext_epochs=8,
+    n_neighbors=50, whiten=.5, head_choice='both', scan_epochs=0, selflabel_epochs=0)
 
 # %% ../nbs/12_pipeline.ipynb #849d4d4b
 OPTIONAL = {'pretext_epochs', 'scan_epochs', 'selflabel_epochs', 'stem_stride', 'ema_decay'}   # may be None
