@@ -505,13 +505,14 @@ def tint_(
 
 # %% ../nbs/01_augment.ipynb #01e30cdf
 def middle_strip(
-    x: Tensor,      # n×C×H×W images, of bytes or float
+    x: Tensor,      # n×C×H×W images of things on black, of bytes or float in [0, 1]
     share: Tensor,  # n parts of the width that stay, in [0, 1]
 ) -> Tensor:        # n×C×H×W of the same type
-    "An upright strip down the middle, black beside it: a column stays when its center lies within."
-    width = x.shape[-1]
+    "An upright strip down the middle of what is taller than wide, black beside it; the rest stays whole."
+    width, bright = x.shape[-1], x.amax(1) > (.04 if x.is_floating_point() else 10)
     away = (torch.arange(width, device=x.device) + .5 - width/2).abs()
-    return x*(away <= share[:, None]*width/2)[:, None, None].to(x.dtype)
+    upright = bright.any(2).sum(1) > bright.any(1).sum(1)   # more rows than columns have something bright
+    return x*((away <= share[:, None]*width/2) | ~upright[:, None])[:, None, None].to(x.dtype)
 
 # %% ../nbs/01_augment.ipynb #afb74c41
 def disc_mask(
@@ -643,7 +644,7 @@ class SimCLRAugment(BatchAugment):
     blur_p: float = 0.                       # chance of a blur of .1 to 2 pixels
     erase: int = 0                           # side in pixels of one erased square; 0: none
     tint_p: float = 0.                       # chance of another cloth, see `tint_`; for things on black
-    strip_p: float = 0.                      # chance of a `middle_strip` of 0.3 to 0.5 of the width
+    strip_p: float = 0.                      # chance of a `middle_strip`, 0.3 to 0.5 of the width
     disc: bool = False                       # black outside the inscribed disc, for all-sky images
     check, draw, render = check_views, draw_views, render_views
 

@@ -101,7 +101,7 @@ def test_whole_set_and_best_preset(tmp_path, monkeypatch, capsys):
     recipe = pipeline.read_recipe(run)
     assert asked == ['all'] and recipe['data']['images'] == 90
     settings = recipe['settings']
-    assert settings['second_views']['tint_p'] == .8 and settings['views']['erase'] == 7
+    assert settings['second_views']['strip_p'] == .75 and settings['views']['erase'] == 11
     assert (run/'checkpoints'/'pretext2.pt').exists()
     assert list(json.loads((run/'metrics.json').read_text())['splits']) == ['all']
     err = capsys.readouterr().err
