@@ -6,10 +6,10 @@
 __all__ = ['STRONG_OPS', 'KINDS', 'to_float', 'check_batch', 'warp_grid', 'compiled', 'in_threads', 'warp_loop', 'warp',
            'random_boxes', 'crop_matrix', 'crop', 'luma', 'blend_', 'brightness', 'contrast', 'color', 'hue_offsets',
            'hue_', 'hue', 'jitter_step_', 'jitter_groups_', 'jitter_loop_', 'color_jitter_', 'gaussian_blur',
-           'cut_out_', 'silhouette', 'tint_', 'middle_strip', 'disc_mask', 'BatchAugment', 'SimCLRAugment',
-           'WeakAugment', 'motion', 'rotate', 'shear_x', 'shear_y', 'translate_x', 'translate_y', 'identity',
-           'autocontrast', 'equalize', 'solarize', 'posterize', 'sharpness', 'strong_groups', 'strong_loop',
-           'StrongAugment', 'Normalize']
+           'cut_out_', 'silhouette', 'tint_', 'strip', 'disc_mask', 'BatchAugment', 'SimCLRAugment', 'WeakAugment',
+           'motion', 'rotate', 'shear_x', 'shear_y', 'translate_x', 'translate_y', 'identity', 'autocontrast',
+           'equalize', 'solarize', 'posterize', 'sharpness', 'strong_groups', 'strong_loop', 'StrongAugment',
+           'Normalize']
 
 # %% ../nbs/01_augment.ipynb #34c0aa7b
 import difflib
@@ -504,15 +504,18 @@ def tint_(
     return x.sub_(mean).mul_(detail).add_(tone).clamp_(.04, 1).mul_(inside)
 
 # %% ../nbs/01_augment.ipynb #01e30cdf
-def middle_strip(
+def strip(
     x: Tensor,      # n×C×H×W images of things on black, of bytes or float in [0, 1]
-    share: Tensor,  # n parts of the width that stay, in [0, 1]
+    share: Tensor,  # n parts that stay: of the image's width or, .2 more, of the thing's height
 ) -> Tensor:        # n×C×H×W of the same type
-    "An upright strip down the middle of what is taller than wide, black beside it; the rest stays whole."
-    width, bright = x.shape[-1], x.amax(1) > (.04 if x.is_floating_point() else 10)
-    away = (torch.arange(width, device=x.device) + .5 - width/2).abs()
-    upright = bright.any(2).sum(1) > bright.any(1).sum(1)   # more rows than columns have something bright
-    return x*((away <= share[:, None]*width/2) | ~upright[:, None])[:, None, None].to(x.dtype)
+    "A part of each thing: a strip down the middle of what is taller than wide, the top of what is not."
+    bright = x.amax(1) > (.04 if x.is_floating_point() else 10)
+    rows, columns, share = bright.any(2), bright.any(1), share[:, None]
+    y, x_at = (torch.arange(n, device=x.device) + .5 for n in bright.shape[1:])
+    middle = (x_at - columns.shape[1]/2).abs() <= share*columns.shape[1]/2
+    top = y <= rows.float().argmax(1, keepdim=True) + (share + .2)*rows.sum(1, keepdim=True)
+    upright = (rows.sum(1) > columns.sum(1))[:, None, None]
+    return x*torch.where(upright, middle[:, None], top[:, :, None])[:, None].to(x.dtype)
 
 # %% ../nbs/01_augment.ipynb #afb74c41
 def disc_mask(
@@ -614,7 +617,9 @@ def render_views(
 ) -> Tensor:         # n×C×size×size in [0, 1]
     "The strip, geometry, then tint, color, grayscale, blur, the erased square and the disc."
     on = lambda v: v.to(x.device)
-    if aug.strip_p: x = middle_strip(x, on(p['strip']))
+    if len(rows := (p['strip'] < 1).nonzero()[:, 0]):
+        x = x.clone()
+        x[on(rows)] = strip(x[on(rows)], on(p['strip'][rows]))
     x = warp(x, on(p['matrix']), aug.size, None if aug.rotation else edges(on(p['boxes'])))
     if len(rows := p['tone'].nonzero()[:, 0]):
         x[on(rows)] = tint_(x[on(rows)], on(p['tone'][rows]), on(p['detail'][rows]))
@@ -644,7 +649,7 @@ class SimCLRAugment(BatchAugment):
     blur_p: float = 0.                       # chance of a blur of .1 to 2 pixels
     erase: int = 0                           # side in pixels of one erased square; 0: none
     tint_p: float = 0.                       # chance of another cloth, see `tint_`; for things on black
-    strip_p: float = 0.                      # chance of a `middle_strip`, 0.3 to 0.5 of the width
+    strip_p: float = 0.                      # chance of a `strip`, its share 0.3 to 0.5
     disc: bool = False                       # black outside the inscribed disc, for all-sky images
     check, draw, render = check_views, draw_views, render_views
 

@@ -118,7 +118,7 @@ _clothes = PRESETS['fashion-mnist']['views'] | dict(   # other cloth, and no sle
     scale=(.65, 1.15), ratio=(.9, 1.1), erase=11, tint_p=.8, strip_p=.5)
 PRESETS['fashion-mnist best'] = PRESETS['fashion-mnist'] | dict(
     views=_clothes, second_views=_clothes | dict(strip_p=.75), widths=(16, 32, 64, 128), pretext_epochs=8,
-    n_neighbors=50, whiten=.5, scan_epochs=0, selflabel_epochs=0)
+    n_neighbors=50, whiten=.5, head_choice='both', scan_epochs=0, selflabel_epochs=0)
 
 # %% ../nbs/12_pipeline.ipynb #849d4d4b
 OPTIONAL = {'pretext_epochs', 'scan_epochs', 'selflabel_epochs', 'stem_stride', 'ema_decay'}   # may be None

@@ -465,17 +465,16 @@ def test_tints_are_drawn_only_when_asked_for_and_leave_the_rest_of_a_view_alone(
 @quick
 @given(c=st.sampled_from([1, 3]), top=st.integers(0, 9), bottom=st.integers(1, 9), left=st.integers(0, 9),
        right=st.integers(1, 9), share=st.floats(0, 1), byte=st.booleans())
-def test_middle_strip_keeps_the_middle_of_upright_things_and_all_of_the_rest(
-        c, top, bottom, left, right, share, byte):
+def test_strip_keeps_the_middle_of_upright_things_the_top_of_others(c, top, bottom, left, right, share, byte):
     x = torch.full((2, c, 20, 12), 10 if byte else .04, dtype=torch.uint8 if byte else torch.float32)   # dark
     x[:, -1, top:top+bottom, left:left+right] = 11 if byte else .05   # in one channel
-    out = A.middle_strip(x, torch.tensor([share, 1.]))
-    assert out.dtype == x.dtype and torch.equal(out[1], x[1])
-    if bottom <= min(right, 12 - left): return torch.testing.assert_close(out[0], x[0], atol=0, rtol=0)
-    share = torch.tensor(share).item()   # as float32 has it
-    for j, column in enumerate(out[0].unbind(-1)):
-        if abs(abs(j + .5 - 6) - share*6) < 1e-5: continue   # either is right
-        assert torch.equal(column, x[0, ..., j]*(abs(j + .5 - 6) <= share*6))
+    out, share = A.strip(x, torch.tensor([share, .5])), torch.tensor(share).item()   # as float32 has it
+    assert out.dtype == x.dtype and torch.equal(out[1], A.strip(x[1:], torch.tensor([.5]))[0])
+    if upright := bottom > min(right, 12 - left): over = [abs(j + .5 - 6) - share*6 for j in range(12)]
+    else: over = [i + .5 - top - (share + .2)*bottom for i in range(20)]
+    axis = -1 if upright else -2
+    for line, old, v in zip(out[0].unbind(axis), x[0].unbind(axis), over):
+        assert abs(v) < 1e-5 or torch.equal(line, old*(v <= 0))
 
 def test_strips_are_drawn_only_when_asked_for_and_leave_the_rest_of_a_view_alone():
     x = torch.empty(20_000, 1, 8, 8, device='meta')
@@ -486,10 +485,10 @@ def test_strips_are_drawn_only_when_asked_for_and_leave_the_rest_of_a_view_alone
     assert some['strip'][on].min() >= .3 and some['strip'][on].max() <= .5
     still = dict(scale=(1, 1), ratio=(1, 1), flip_p=0, jitter_p=0, gray_p=0)
     photos = images(9, 3, 16, 16)
-    photos[..., :3] = 0   # upright
+    photos[:4, ..., :3] = 0   # upright
     p = SimCLRAugment(16, **still, strip_p=.5).draw(photos, generator())
-    assert_close(SimCLRAugment(16, **still, strip_p=.5)(photos, generator()),
-                 to_float(A.middle_strip(photos, p['strip'])), atol=1e-5, rtol=0)
+    expected = torch.where(p['strip'][:, None, None, None] < 1, A.strip(photos, p['strip']), photos)
+    assert_close(SimCLRAugment(16, **still, strip_p=.5)(photos, generator()), to_float(expected), atol=1e-5, rtol=0)
 
 @pytest.mark.parametrize('size', [1, 2, 3, 7, 8, 31, 32, 96])
 def test_disc_mask_is_the_inscribed_circle(size):
