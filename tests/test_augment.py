@@ -488,7 +488,8 @@ def test_strips_are_drawn_only_when_asked_for_and_leave_the_rest_of_a_view_alone
     photos[:4, ..., :3] = 0   # upright
     p = SimCLRAugment(16, **still, strip_p=.5).draw(photos, generator())
     expected = torch.where(p['strip'][:, None, None, None] < 1, A.strip(photos, p['strip']), photos)
-    assert_close(SimCLRAugment(16, **still, strip_p=.5)(photos, generator()), to_float(expected), atol=1e-5, rtol=0)
+    assert_close(SimCLRAugment(16, **still, strip_p=.5)(photos, generator()), to_float(expected),
+                 atol=1e-5, rtol=0)
 
 @pytest.mark.parametrize('size', [1, 2, 3, 7, 8, 31, 32, 96])
 def test_disc_mask_is_the_inscribed_circle(size):
