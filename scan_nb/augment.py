@@ -601,13 +601,13 @@ def draw_views(
     factors = low + (1 + strength - low)*torch.stack(rest[3:6], 1)
     boxes, angle = random_boxes(x, aug.scale, aug.ratio, generator), (2*turn - 1)*aug.rotation
     tints = uniform(x, 4, generator) if aug.tint_p else turn.new_ones(len(x), 4)
-    some, strip = (uniform(x, 2, generator) if aug.strip_p else turn.new_ones(len(x), 2)).unbind(1)
+    some, share = (uniform(x, 2, generator) if aug.strip_p else turn.new_ones(len(x), 2)).unbind(1)
     return dict(boxes=boxes, matrix=crop_matrix(boxes, aug.size, flip < aug.flip_p, angle),
                 order=order, factors=factors, shift=(2*shift - 1)*aug.hue,
                 hue_at=torch.where(on, (at*4).long() if blends == 3 else 0, 4), gray=gray < aug.gray_p,
                 sigma=torch.where(blur < aug.blur_p, .1 + 1.9*sigma, 0),
                 center=torch.stack(rest[6:8], 1), side=torch.full_like(turn, aug.erase),
-                strip=torch.where(some < aug.strip_p, .3 + .2*strip, 1), **tint_settings(tints, aug.tint_p))
+                strip=torch.where(some < aug.strip_p, .3 + .2*share, 1), **tint_settings(tints, aug.tint_p))
 
 # %% ../nbs/01_augment.ipynb #e7241b1f
 def render_views(
@@ -649,7 +649,7 @@ class SimCLRAugment(BatchAugment):
     blur_p: float = 0.                       # chance of a blur of .1 to 2 pixels
     erase: int = 0                           # side in pixels of one erased square; 0: none
     tint_p: float = 0.                       # chance of another cloth, see `tint_`; for things on black
-    strip_p: float = 0.                      # chance of a `strip`, its share 0.3 to 0.5
+    strip_p: float = 0.                      # chance of a `strip` of share 0.3 to 0.5; for things on black
     disc: bool = False                       # black outside the inscribed disc, for all-sky images
     check, draw, render = check_views, draw_views, render_views
 
