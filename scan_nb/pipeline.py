@@ -114,7 +114,7 @@ PRESETS = {
         temperature=.2, pretext_batch=512, pretext_lr=.2, scan_batch=512, heads_epochs=15),
     'folder': dict(),
 }
-_clothes = PRESETS['fashion-mnist']['views'] | dict(   # other cloth, and no sleeves in every second view
+_clothes = PRESETS['fashion-mnist']['views'] | dict(   # other cloth, and only a part in every second view
     scale=(.65, 1.15), ratio=(.9, 1.1), erase=11, tint_p=.8, strip_p=.5)
 PRESETS['fashion-mnist best'] = PRESETS['fashion-mnist'] | dict(
     views=_clothes, second_views=_clothes | dict(strip_p=.75), widths=(16, 32, 64, 128), pretext_epochs=8,
