@@ -179,16 +179,17 @@ def check_neighbors(
 
 # %% ../nbs/09_scan.ipynb #cc4624a2
 def choose_head(
-    losses: Tensor,     # H
-    agreement: Tensor,  # H
-    choose: str,        # 'loss', 'agreement', or 'both'
-) -> int:               # the chosen head
-    "Lowest loss, highest agreement, or the most agreed of the quarter with the lowest loss."
+    losses: Tensor,    # H
+    clusters: Tensor,  # H×N int64: the cluster that each head gives each image
+    n_clusters: int,   # C
+    choose: str,       # 'loss', 'agreement', or 'both'
+) -> int:              # the chosen head
+    "Lowest loss, highest agreement, or of the quarter with the lowest loss the one that agrees most with it."
     if choose not in ('loss', 'agreement', 'both'):
         raise UserError(f"choose is {choose!r}: give 'loss', 'agreement' or 'both'")
-    if choose == 'loss': return losses.argmin().item()
-    if choose == 'both': agreement = agreement.masked_fill(losses > losses.quantile(.25), -1)
-    return agreement.argmax().item()
+    order = losses.argsort(stable=True)
+    kept = dict(loss=order[:1], agreement=order, both=order[:math.ceil(len(order)/4)])[choose]
+    return kept[head_agreement(clusters[kept], n_clusters).argmax()].item()
 
 # %% ../nbs/09_scan.ipynb #2734d281
 def random_partners(
@@ -256,7 +257,7 @@ def _judge(heads, z, neighbors, entropy_weight, prior, choose, mean, std, histor
     few = max(1, 2**23//(len(z)*heads.weight.shape[-1]))
     losses, clusters = map(torch.cat, zip(*map(look, heads.weight.split(few), heads.bias.split(few))))
     agreement = head_agreement(clusters, heads.weight.shape[-1])
-    best = choose_head(losses, agreement, choose)
+    best = choose_head(losses, clusters, heads.weight.shape[-1], choose)
     return TrainedHeads(unstandardize(heads, mean, std), losses, agreement, best, history, prior)
 
 # %% ../nbs/09_scan.ipynb #b90c0004

@@ -169,13 +169,16 @@ def test_collapsed_heads_have_no_agreement_and_no_error():
 
 
 def test_choose_head():
-    losses, agreement = (
-        torch.tensor([3.0, 1.0, 1.1, 5.0, 4.0, 6.0, 7.0, 8.0]),
-        torch.tensor([0.1, 0.2, 0.5, 0.9, 0.1, 0.1, 0.1, 0.1]),
-    )
-    assert [choose_head(losses, agreement, c) for c in ('loss', 'agreement', 'both')] == [1, 3, 2]
+    "Many poor heads agree with each other; of the three good ones two agree."
+    good, poor = draw(0, 3, 400).argmax(0), draw(1, 3, 400).argmax(0)
+    odd = torch.where(torch.arange(400) < 150, draw(2, 3, 400).argmax(0), good)
+    clusters = torch.stack([poor] * 9 + [odd, good, good])
+    losses = torch.tensor([5.0, 6.0, 7.0, 8.0, 9.0, 5.5, 6.5, 7.5, 8.5, 1.0, 3.0, 2.0])
+    assert [choose_head(losses, clusters, 3, c) for c in ('loss', 'both')] == [9, 11]
+    assert choose_head(losses, clusters, 3, 'agreement') < 9
+    assert choose_head(losses[:1], clusters[:1], 3, 'both') == 0
     with pytest.raises(UserError, match="choose is 'luck'"):
-        choose_head(losses, agreement, 'luck')
+        choose_head(losses, clusters, 3, 'luck')
 
 
 def test_folding_a_standardization_changes_no_logit():
