@@ -1,11 +1,6 @@
-"Images from anywhere: every kind of file, every layout of array, every fault, and the cache under stress."
-import gzip
-import hashlib
+"Images as one tensor: every kind of file, every layout of array, every fault."
 import io
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -16,19 +11,15 @@ import torchvision.transforms.functional as TF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from run_notebooks import ROOT
 from sklearn.datasets import load_digits, load_sample_image
 
 from scan_nb import data
 from scan_nb.data import (
-    DEBIAN_FASHION, ImageSet, UserError, as_image_set, atomic_write, cache_dir, decode_image, digits,
-    fashion_mnist, find_images, image_folder, image_grid, read_images, show_images, to_uint8)
+    ImageSet, UserError, as_image_set, atomic_write, closest, decode_image, digits, find_images, image_folder,
+    image_grid, read_images, show_images, to_uint8)
 
 matplotlib.use('agg')
 seeds = st.integers(0, 2**32 - 1)
-
-@pytest.fixture
-def cache(tmp_path): return tmp_path/'cache'
 
 @pytest.fixture
 def folder(tmp_path):
@@ -124,6 +115,42 @@ def test_moves():
 def test_inconsistent_set(words, change):
     refused(words, ImageSet, **{'images': torch.zeros(4, 1, 2, 2, dtype=torch.uint8), **change})
 
+# -- unknown labels and times --
+
+def tiny(n=4, **more): return ImageSet(torch.zeros(n, 1, 2, 2, dtype=torch.uint8), **more)
+
+@given(st.lists(st.integers(-1, 5), min_size=1, max_size=9), st.data())
+def test_unknown_labels(labels, draw):
+    x = tiny(len(labels), labels=labels)
+    unknown = labels.count(-1)
+    assert x.n_classes == max(labels) + 1
+    assert (f', {unknown} unlabeled)' in repr(x)) == (unknown > 0)
+    where = draw.draw(st.lists(st.integers(0, len(labels) - 1), min_size=1))
+    assert x[where].labels.tolist() == [labels[i] for i in where]
+
+def test_unknown_labels_need_no_name():
+    assert tiny(labels=[-1, 1, 0, -1], classes=['a', 'b']).n_classes == 2
+    refused('one of them is -2', tiny, labels=[-2, 0, 0, 0])
+
+seconds = st.floats(-1e11, 1e11)
+
+@given(st.lists(seconds, min_size=1, max_size=9), st.data())
+def test_times_go_with_their_images(times, draw):
+    kind = draw.draw(st.sampled_from([list, np.array, lambda t: torch.tensor(t, dtype=torch.float64)]))
+    x = tiny(len(times), times=kind(times)).to('cpu')
+    where = draw.draw(st.lists(st.integers(0, len(times) - 1), min_size=1))
+    assert x.times.dtype == torch.float64 and x[where].times.tolist() == [times[i] for i in where]
+    assert x[:1].times.tolist() == times[:1] and x[torch.ones(len(times), dtype=bool)].times.tolist() == times
+
+def test_times_are_the_last_field(): assert list(vars(tiny()))[-1] == 'times' and tiny().times is None
+
+@pytest.mark.parametrize('words, times', [
+    ('need 4 times', [1, 2]), ('need 4 times', np.ones((4, 1))), ('image 2 is nan', [0, 1, np.nan, 2]),
+    ('image 3 is -inf', [0, 1, 2, -np.inf]), ('float64', torch.tensor([0, 1e9, 2, 3])),
+    ('must be numbers', ['a', 'b', 'c', 'd']), ('must be numbers', [0, 1, 2, None]),
+    ('must be numbers', np.array(['2020-01-01']*4, 'datetime64[s]'))])
+def test_wrong_times(words, times): refused(words, tiny, times=times)
+
 # -- digits --
 
 def test_digits():
@@ -131,6 +158,13 @@ def test_digits():
     assert x.images.shape == (1797, 1, 8, 8) and x.n_classes == 10
     assert (x.images[:, 0].numpy() == np.floor(raw.images*255/16 + .5)).all()
     assert (x.labels.numpy() == raw.target).all() and x.classes == list('0123456789')
+
+# -- names --
+
+def test_closest():
+    known = ['cifar-10', 'cifar-100', 'digits', 'scan.epochs', 'scan.lr']
+    near = [closest(n, known) for n in ('cifar10', 'digit', 'epoch', 'scan.l')]
+    assert near == ['cifar-10', 'digits', 'scan.epochs', 'scan.lr'] and closest('', known) in known
 
 # -- arrays and tensors --
 
@@ -368,21 +402,20 @@ def test_pipes_are_left_alone(folder):
     save(folder/'x.png', noise(4, 4))
     assert names(folder) == ['x.png']
 
-def test_no_folder_no_image(folder, cache, monkeypatch):
-    refused('no image', image_folder, folder, cache=cache)
+def test_no_folder_no_image(folder, monkeypatch):
+    refused('no image', image_folder, folder)
     (folder/'notes.txt').touch()
     refused('no image', as_image_set, folder)
     refused('no folder', image_folder, folder/'nowhere')
     refused('is a file', image_folder, folder/'notes.txt')
-    assert not cache.exists()
     def closed(path): raise PermissionError(13, 'Permission denied', str(path))
     monkeypatch.setattr(os, 'scandir', closed)
     refused('cannot be listed', image_folder, folder)
 
-def test_paths_from_home(tmp_path, monkeypatch, cache):
+def test_paths_from_home(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     save(tmp_path/'mine/x.png', noise(4, 4))
-    assert len(as_image_set('~/mine', cache=cache)) == 1
+    assert as_image_set('~/mine').paths == ['x.png']
 
 # -- many files, some damaged --
 
@@ -401,28 +434,29 @@ def damaged(folder):
     (folder/'flipped.png').write_bytes(flipped)
     (folder/'broken.png').symlink_to(folder/'nowhere.png')
 
-def test_damaged_files_are_listed_and_skipped(folder, cache):
-    damaged(folder)
-    bad = {'empty.png': 'empty', 'text.jpg': 'not an image', 'cut.jpg': 'truncated', 'cut.png': 'truncated',
-           'head.png': '', 'flipped.png': '', 'broken.png': 'no such file'}
-    for x in (image_folder(folder, size=100, cache=cache), image_folder(folder, size=100, cache=cache)):
-        assert x.paths == ['good.png'] and (x.images[0].permute(1, 2, 0).numpy() == photo).all()
-        assert {path for path, _ in x.skipped} == bad.keys()
-        assert all(reason and bad[path] in reason and '\n' not in reason and str(folder) not in reason
-                   for path, reason in x.skipped), x.skipped
-    images, skipped = read_images(find_images(folder), 100, 3)
-    assert len(images) == 1 and sorted(p for p, _ in skipped) == sorted(str(folder/b) for b in bad)
+BAD = {'empty.png': 'empty', 'text.jpg': 'not an image', 'cut.jpg': 'truncated', 'cut.png': 'truncated',
+       'head.png': '', 'flipped.png': '', 'broken.png': 'no such file'}
 
-def test_nothing_readable(folder, cache):
+def test_damaged_files_are_listed_and_skipped(folder):
+    damaged(folder)
+    x = image_folder(folder, size=100)
+    assert x.paths == ['good.png'] and (x.images[0].permute(1, 2, 0).numpy() == photo).all()
+    assert {path for path, _ in x.skipped} == BAD.keys()
+    assert all(reason and BAD[path] in reason and '\n' not in reason and str(folder) not in reason
+               for path, reason in x.skipped), x.skipped
+    images, skipped = read_images(find_images(folder), 100, 3)
+    assert len(images) == 1 and sorted(p for p, _ in skipped) == sorted(str(folder/b) for b in BAD)
+
+def test_nothing_readable(folder):
     damaged(folder)
     (folder/'good.png').unlink()
-    for _ in range(2): refused(r"can be read \('broken.png': no such file", image_folder, folder, cache=cache)
+    refused(r"can be read \('broken.png': no such file", image_folder, folder)
 
-def test_a_bomb_is_skipped(folder, cache, monkeypatch):
+def test_a_bomb_is_skipped(folder, monkeypatch):
     save(folder/'bomb.png', noise(100, 100))
     save(folder/'x.png', noise(8, 8))
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
-    x = image_folder(folder, cache=cache)
+    x = image_folder(folder)
     assert x.paths == ['x.png'] and 'bomb' in x.skipped[0][1].lower()
 
 def test_reads_in_order_with_gaps(folder):
@@ -435,185 +469,54 @@ def test_reads_in_order_with_gaps(folder):
     refused('size', read_images, files, 0, 1)
     refused('channels', read_images, files, 4, 2)
 
-def test_bar_only_when_asked(folder, cache, capfd):
-    for i in range(3): save(folder/f'{i}.png', noise(4, 4))
-    image_folder(folder, cache=cache)
-    assert capfd.readouterr() == ('', '')
-    image_folder(folder, size=5, cache=cache, progress=True)
-    assert '3/3' in capfd.readouterr().err
-
 # -- a folder --
 
-def test_five_thousand_gray_files(folder, cache):
-    x = noise(5000, 28, 28)
-    for i, image in enumerate(x): save(folder/f'{i:04}.png', image, compress_level=1)
-    got = image_folder(folder, cache=cache)
-    assert got.images.shape == (5000, 1, 28, 28) and (got.images[:, 0].numpy() == x).all()
-    assert got.labels is None and got.paths[4321] == '4321.png'
-
-def test_mixed_modes_and_sizes(folder, cache):
+def test_mixed_modes_and_sizes(folder):
     save(folder/'a.png', noise(40, 60))
     save(folder/'b/c.png', noise(30, 50, 3))
     save(folder/'d.jpg', noise(70, 20, 3))
-    x = image_folder(folder, cache=cache)
+    x = image_folder(folder)
     assert x.images.shape == (3, 3, 30, 30) and x.paths == ['a.png', 'b/c.png', 'd.jpg'] and x.labels is None
-    assert image_folder(folder, size=16, channels=1, cache=cache).images.shape == (3, 1, 16, 16)
-    assert as_image_set(str(folder), 9, cache=cache).images.shape == (3, 3, 9, 9)
+    assert image_folder(folder, size=16, channels=1).images.shape == (3, 1, 16, 16)
+    assert as_image_set(str(folder), 9).images.shape == (3, 3, 9, 9)
 
-def test_size_is_at_most_96_unless_asked(folder, cache):
+def test_size_is_at_most_96_unless_asked(folder):
     save(folder/'a.png', noise(300, 200))
-    assert image_folder(folder, cache=cache).images.shape == (1, 1, 96, 96)
-    assert image_folder(folder, size=120, cache=cache).images.shape == (1, 1, 120, 120)
+    assert image_folder(folder).images.shape == (1, 1, 96, 96)
+    assert image_folder(folder, size=120).images.shape == (1, 1, 120, 120)
 
 @pytest.mark.parametrize('words, options', [
     ('size must', dict(size=0)), ('size must', dict(size=-3)), ('size must', dict(size=2.5)),
     ('size must', dict(size='28')), ('size must', dict(size=(28, 28))), ('channels must', dict(channels=2)),
     ('channels must', dict(channels='gray'))])
-def test_bad_options(folder, cache, words, options):
+def test_bad_options(folder, words, options):
     save(folder/'a.png', noise(4, 4))
-    refused(words, image_folder, folder, cache=cache, **options)
+    refused(words, image_folder, folder, **options)
 
-def test_subfolders_as_classes(folder, cache):
+def test_subfolders_as_classes(folder):
     for name in ('dog/1.png', 'dog/deep/2.png', 'cat/3.png', 'emu/4.png'): save(folder/name, noise(4, 4))
     (folder/'empty class').mkdir()
-    x = image_folder(folder, cache=cache)
+    x = image_folder(folder)
     assert x.paths == ['cat/3.png', 'dog/1.png', 'dog/deep/2.png', 'emu/4.png']
     assert x.labels.tolist() == [0, 1, 1, 2] and x.classes == ['cat', 'dog', 'emu']
-    off = image_folder(folder, cache=cache, labels=False)
+    off = image_folder(folder, labels=False)
     assert off.labels is None and off.classes is None
     save(folder/'loose.png', noise(4, 4))
-    assert image_folder(folder, cache=cache).labels is None
-    refused('two subfolders', image_folder, folder, cache=cache, labels=True)
+    assert image_folder(folder).labels is None
+    refused('two subfolders', image_folder, folder, labels=True)
 
-def test_one_subfolder_is_no_class(folder, cache):
+def test_one_subfolder_is_no_class(folder):
     save(folder/'all/1.png', noise(4, 4))
-    assert image_folder(folder, cache=cache).labels is None
+    assert image_folder(folder).labels is None
 
-def test_labels_skip_what_is_skipped(folder, cache):
+def test_labels_skip_what_is_skipped(folder):
     for name in ('a/1.png', 'b/2.png', 'c/3.png'): save(folder/name, noise(4, 4))
     (folder/'b/2.png').write_bytes(b'')
-    x = image_folder(folder, cache=cache)
+    x = image_folder(folder)
     assert x.labels.tolist() == [0, 1] and x.classes == ['a', 'c']
     assert x.skipped == [('b/2.png', 'an empty file')]
 
-# -- the cache --
-
-@pytest.fixture
-def pair(folder):
-    for i in (1, 2): save(folder/f'{i}.png', noise(6, 6, seed=i))
-    return folder
-
-@pytest.fixture
-def decodes(monkeypatch):
-    "The files decoded so far."
-    seen, real = [], data.decode_image
-    monkeypatch.setattr(data, 'decode_image', lambda file, *a: seen.append(Path(file).name) or real(file, *a))
-    return seen
-
-def test_decodes_once(pair, cache, decodes):
-    first = image_folder(pair, cache=cache)
-    again = image_folder(str(pair) + '/', cache=str(cache))
-    assert sorted(decodes) == ['1.png', '2.png']
-    assert first.images.equal(again.images) and first.paths == again.paths
-
-def rewrite(f): save(f, noise(6, 6, seed=9))
-
-def same_times(f):
-    "Another image of the same length, with its old times put back."
-    s, raw = f.stat(), bytearray(f.read_bytes())
-    raw[-20] ^= 1
-    f.write_bytes(raw)
-    os.utime(f, ns=(s.st_atime_ns, s.st_mtime_ns))
-
-CHANGES = {'rewrite': rewrite, 'same times': same_times, 'touch': os.utime, 'delete': os.unlink,
-           'rename': lambda f: f.rename(f.with_name('3.png')),
-           'add': lambda f: save(f.with_name('4.png'), noise(6, 6))}
-
-@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
-def test_a_change_is_noticed(pair, cache, decodes, change):
-    image_folder(pair, cache=cache)
-    decodes.clear()
-    change(pair/'2.png')
-    x = image_folder(pair, cache=cache)
-    assert sorted(decodes) == [f.name for f in find_images(pair)]
-    want, _ = read_images(find_images(pair), 6, 1)
-    assert x.images.equal(want)
-
-def test_options_have_caches_of_their_own(pair, cache):
-    shapes = {tuple(image_folder(pair, s, c, cache).images.shape) for s in (None, 4, 9) for c in (None, 3)}
-    assert shapes == {(2, c, s, s) for s in (6, 4, 9) for c in (1, 3)}
-
-DAMAGE = {
-    'cut': lambda f: f.write_bytes(f.read_bytes()[:-1]), 'empty': lambda f: f.write_bytes(b''),
-    'gone': os.unlink,
-    'garbage': lambda f: f.write_bytes(b'x'*300), 'other': lambda f: np.save(f, noise(5, 1, 6, 6)),
-    'json cut': lambda f: f.with_suffix('.json').write_text('[[0'),
-    'json other': lambda f: f.with_suffix('.json').write_text('[3]'),
-    'json gone': lambda f: f.with_suffix('.json').unlink()}
-
-@pytest.mark.parametrize('damage', DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_cache_is_made_anew(pair, cache, damage):
-    want = image_folder(pair, cache=cache).images.clone()
-    damage(next(cache.glob('*.npy')))
-    assert image_folder(pair, cache=cache).images.equal(want)
-    assert len(list(cache.iterdir())) == 2
-
-def test_writing_to_images_never_reaches_the_cache(pair, cache):
-    x = image_folder(pair, cache=cache)
-    want = x.images.clone()
-    x.images[:] = 0
-    assert image_folder(pair, cache=cache).images.equal(want)
-
-def test_an_interrupted_write_leaves_nothing(pair, cache, monkeypatch):
-    def stop(*_): raise KeyboardInterrupt
-    with monkeypatch.context() as m:
-        m.setattr(data, 'try_decode', stop)
-        with pytest.raises(KeyboardInterrupt): image_folder(pair, cache=cache)
-    assert list(cache.iterdir()) == []
-    assert len(image_folder(pair, cache=cache)) == 2
-
-def test_a_full_disk_is_one_sentence(pair, cache, monkeypatch):
-    def full(_): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(os, 'fsync', full)
-    refused('No space left', image_folder, pair, cache=cache)
-    assert list(cache.iterdir()) == []
-
-def test_an_impossible_cache_is_one_sentence(pair, tmp_path):
-    (tmp_path/'file').touch()
-    for bad in (tmp_path/'file', tmp_path/'file/below'):
-        refused('cannot be written', image_folder, pair, cache=bad)
-
-def test_default_cache(pair, tmp_path, monkeypatch):
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'xdg'))
-    image_folder(pair)
-    assert len(list((tmp_path/'xdg/scan_nb').glob('images-*.npy'))) == 1
-    monkeypatch.delenv('XDG_CACHE_HOME')
-    monkeypatch.setenv('HOME', str(tmp_path))
-    assert cache_dir() == tmp_path/'.cache/scan_nb'
-
-def test_the_cache_is_an_ordinary_file(folder, cache):
-    damaged(folder)
-    image_folder(folder, size=10, cache=cache)
-    file = next(cache.glob('*.npy'))
-    x, skipped = np.load(file), json.loads(file.with_suffix('.json').read_text())
-    assert x.shape == (8, 3, 10, 10) and len(skipped) == 7 and x[0].any() and not x[1:].any()
-
-def test_two_processes_write_at_once(folder, cache):
-    for i in range(300): save(folder/f'{i:03}.png', noise(12, 12, seed=i))
-    (folder/'007.png').write_bytes(b'')
-    code = ('import sys, hashlib; from scan_nb.data import image_folder; sys.stdin.readline();'
-            'x = image_folder(sys.argv[1], cache=sys.argv[2]);'
-            'print(len(x), len(x.skipped), hashlib.sha256(x.images.numpy().tobytes()).hexdigest())')
-    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    command, pipe = [sys.executable, '-c', code, folder, cache], subprocess.PIPE
-    runs = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env) for _ in range(2)]
-    for r in runs:
-        r.stdin.write('go\n')
-        r.stdin.flush()
-    x, _ = read_images(find_images(folder), 12, 1)
-    want = f'299 1 {hashlib.sha256(x.numpy().tobytes()).hexdigest()}\n'
-    assert [r.communicate()[0] for r in runs] == [want]*2
-    assert len(list(cache.iterdir())) == 2
+# -- writing --
 
 def test_atomic_write(tmp_path):
     (tmp_path/'x').write_text('old')
@@ -623,86 +526,6 @@ def test_atomic_write(tmp_path):
     assert (tmp_path/'x').read_text() == 'old' and len(list(tmp_path.iterdir())) == 1
     with atomic_write(tmp_path/'x') as f: f.write(b'new')
     assert (tmp_path/'x').read_text() == 'new' and len(list(tmp_path.iterdir())) == 1
-
-# -- Fashion-MNIST --
-
-def idx(x): return bytes([0, 0, 8, x.ndim]) + np.array(x.shape, '>u4').tobytes() + x.tobytes()
-
-FAKE = {f'{part}-{what}-ubyte': idx(x) for part, n in (('train', 20), ('t10k', 10))
-        for what, x in (('images-idx3', noise(n, 28, 28, seed=n)),
-                        ('labels-idx1', np.arange(n, dtype=np.uint8) % 10))}
-
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    "No copy on this machine, no internet, two mirrors; the addresses asked for."
-    from torchvision.datasets import FashionMNIST
-    monkeypatch.setattr(FashionMNIST, 'mirrors', ['https://one.test/', 'https://two.test/'])
-    asked = []
-    def urlopen(url, timeout):
-        asked.append(url)
-        raise OSError('no route to host')
-    monkeypatch.setattr('urllib.request.urlopen', urlopen)
-    monkeypatch.setattr(data, 'DEBIAN_FASHION', str(tmp_path/'debian'))
-    return asked
-
-@pytest.mark.parametrize('end', ['', '.gz'])
-@pytest.mark.parametrize('place', ['root/FashionMNIST/raw', 'debian'])
-def test_fashion_from_files(tmp_path, offline, place, end):
-    (tmp_path/place).mkdir(parents=True)
-    for name, raw in FAKE.items():
-        (tmp_path/place/(name + end)).write_bytes(gzip.compress(raw) if end else raw)
-    train, test, both = (fashion_mnist(s, tmp_path/'root') for s in ('train', 'test', 'all'))
-    assert (train.images[:, 0].numpy() == noise(20, 28, 28, seed=20)).all() and len(test) == 10
-    assert both.images.equal(torch.cat([train.images, test.images]))
-    assert both.labels.tolist() == [*range(10)]*3
-    assert both.n_classes == 10 and both.labels.dtype == torch.int64
-    assert not offline
-
-def test_fashion_nowhere(tmp_path, offline):
-    refused('apt install dataset-fashion-mnist', fashion_mnist, 'test', tmp_path)
-    assert offline == [f'https://{n}.test/t10k-images-idx3-ubyte.gz' for n in ('one', 'two')]
-    refused("not 'valid'", fashion_mnist, 'valid')
-
-def test_fashion_downloads(tmp_path, offline, monkeypatch):
-    from torchvision.datasets import FashionMNIST
-    packed = {f'{name}.gz': gzip.compress(raw) for name, raw in FAKE.items()}
-    def urlopen(url, timeout):
-        raw = packed[url.rsplit('/', 1)[1]]
-        return io.BytesIO(b'damaged on the way' if 'one.test' in url else raw)
-    monkeypatch.setattr('urllib.request.urlopen', urlopen)
-    resources = [(k, hashlib.md5(v).hexdigest()) for k, v in packed.items()]
-    monkeypatch.setattr(FashionMNIST, 'resources', resources)
-    assert len(fashion_mnist('test', tmp_path)) == 10
-    raw = tmp_path/'FashionMNIST/raw'
-    assert {f.name for f in raw.iterdir()} == {'t10k-images-idx3-ubyte.gz', 't10k-labels-idx1-ubyte.gz'}
-    monkeypatch.setattr('urllib.request.urlopen', None)   # from now on, from the files
-    assert len(fashion_mnist('test', tmp_path)) == 10
-
-@pytest.mark.parametrize('damage', [
-    lambda b: b[:-1], lambda b: b[:2], lambda b: b'', lambda b: b + b'x', lambda b: b'\0\0\x0d' + b[3:],
-    lambda b: bytes(3) + b'\xff' + b[4:]], ids=['cut', 'head cut', 'empty', 'too long', 'type', 'axes'])
-@pytest.mark.parametrize('end', ['', '.gz'])
-def test_fashion_damaged(tmp_path, offline, damage, end):
-    raw = tmp_path/'FashionMNIST/raw'
-    raw.mkdir(parents=True)
-    for name, b in FAKE.items():
-        (raw/(name + end)).write_bytes(gzip.compress(damage(b)) if end else damage(b))
-    refused('is damaged', fashion_mnist, 'test', tmp_path)
-
-@pytest.mark.parametrize('at', [5, 12, -12, -4])
-def test_fashion_damaged_gz(tmp_path, offline, at):
-    raw = tmp_path/'FashionMNIST/raw'
-    raw.mkdir(parents=True)
-    for name, b in FAKE.items():
-        packed = bytearray(gzip.compress(b))
-        (raw/f'{name}.gz').write_bytes(packed[:at] if at < 0 else packed[:at] + bytes(20) + packed[at+20:])
-    refused('is damaged', fashion_mnist, 'test', tmp_path)
-
-@pytest.mark.skipif(not Path(DEBIAN_FASHION).exists(), reason='Fashion-MNIST is not installed')
-def test_the_real_fashion(tmp_path):
-    x = fashion_mnist('test', tmp_path)
-    assert x.images.shape == (10_000, 1, 28, 28) and x.labels.bincount().tolist() == [1000]*10
-    assert [x.classes[i] for i in x.labels[:3]] == ['Ankle boot', 'Pullover', 'Trouser']
 
 # -- looking --
 

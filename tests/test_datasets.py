@@ -1,10 +1,15 @@
-"The public data sets in their true formats, read as torchvision reads them; tables of labels; times."
+"Folders with a cache and tables, the public data sets in their true formats, and the door to all of them."
+import gzip
 import hashlib
 import io
+import json
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -14,24 +19,26 @@ import torchvision.datasets as tv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from run_notebooks import ROOT
+from test_data import damaged, noise, refused, save
 
-from scan_nb.data import (
-    ImageSet, UserError, cifar10, cifar20, cifar100, decode_image, find_images, image_folder, imagenet_subset,
-    parse_time, split_by_day, stl10)
-
-def noise(*shape, seed=0): return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-def refused(words, f, *args, **kwargs):
-    "`f` raises a `UserError` of one sentence that holds `words`."
-    with pytest.raises(UserError, match=words) as e: f(*args, **kwargs)
-    text = str(e.value)
-    assert '\n' not in text and text.endswith('.') and not text[0].islower()
+from scan_nb import data, datasets
+from scan_nb.data import decode_image, digits, find_images, read_images
+from scan_nb.datasets import (
+    DATASETS, DEBIAN_FASHION, as_image_set, cache_dir, cifar10, cifar20, cifar100, dataset_name,
+    fashion_mnist, image_folder, imagenet_subset, open_images, parse_time, split_by_day, stl10,
+    synthetic_aurora)
 
 @pytest.fixture
 def root(tmp_path): return tmp_path/'root'
 
 @pytest.fixture
 def cache(tmp_path): return tmp_path/'cache'
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path/'images').mkdir()
+    return tmp_path/'images'
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
@@ -52,41 +59,464 @@ def same(ours, theirs):
         assert ours.labels[i] == label
     assert len(ours) == len(theirs) and ours.labels.dtype == torch.int64 and ours.images.dtype == torch.uint8
 
-# -- unknown labels and times --
+# -- a folder --
 
-def tiny(n=4, **more): return ImageSet(torch.zeros(n, 1, 2, 2, dtype=torch.uint8), **more)
+def messy(folder):
+    save(folder/'a.png', noise(40, 60))
+    save(folder/'b/c.png', noise(30, 50, 3))
+    save(folder/'d.jpg', noise(70, 20, 3))
 
-@given(st.lists(st.integers(-1, 5), min_size=1, max_size=9), st.data())
-def test_unknown_labels(labels, draw):
-    x = tiny(len(labels), labels=labels)
-    unknown = labels.count(-1)
-    assert x.n_classes == max(labels) + 1
-    assert (f', {unknown} unlabeled)' in repr(x)) == (unknown > 0)
-    where = draw.draw(st.lists(st.integers(0, len(labels) - 1), min_size=1))
-    assert x[where].labels.tolist() == [labels[i] for i in where]
+def three_classes(folder):
+    for name in ('dog/1.png', 'dog/deep/2.png', 'cat/3.png', 'emu/4.png'): save(folder/name, noise(4, 4))
+    (folder/'emu/4.png').write_bytes(b'')
 
-def test_unknown_labels_need_no_name():
-    assert tiny(labels=[-1, 1, 0, -1], classes=['a', 'b']).n_classes == 2
-    refused('one of them is -2', tiny, labels=[-2, 0, 0, 0])
+@pytest.mark.parametrize('options', [{}, dict(size=16, channels=1), dict(labels=False), dict(channels=3)],
+                         ids=str)
+@pytest.mark.parametrize('fill', [messy, three_classes, damaged])
+def test_gives_what_the_lesson_gives(folder, cache, fill, options):
+    fill(folder)
+    want = data.image_folder(folder, **options)
+    for _ in range(2):                                        # decoded, and from the cache
+        got = image_folder(folder, cache=cache, **options)
+        for name, value in vars(want).items():
+            other = getattr(got, name)
+            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
 
-seconds = st.floats(-1e11, 1e11)
+def test_faults_come_before_the_cache(folder, cache):
+    refused('no image', image_folder, folder, cache=cache)
+    refused('no folder', as_image_set, folder/'nowhere', cache=cache)
+    save(folder/'a.png', noise(4, 4))
+    refused('size must', image_folder, folder, size=2.5, cache=cache)
+    refused('channels must', image_folder, folder, size=3, channels=2, cache=cache)
+    refused('two subfolders', image_folder, folder, labels=True, cache=cache.parent/'other')
+    assert not cache.exists()
 
-@given(st.lists(seconds, min_size=1, max_size=9), st.data())
-def test_times_go_with_their_images(times, draw):
-    kind = draw.draw(st.sampled_from([list, np.array, lambda t: torch.tensor(t, dtype=torch.float64)]))
-    x = tiny(len(times), times=kind(times)).to('cpu')
-    where = draw.draw(st.lists(st.integers(0, len(times) - 1), min_size=1))
-    assert x.times.dtype == torch.float64 and x[where].times.tolist() == [times[i] for i in where]
-    assert x[:1].times.tolist() == times[:1] and x[torch.ones(len(times), dtype=bool)].times.tolist() == times
+def test_nothing_readable(folder, cache):
+    damaged(folder)
+    (folder/'good.png').unlink()
+    for _ in range(2): refused(r"can be read \('broken.png': no such file", image_folder, folder, cache=cache)
 
-def test_times_are_the_last_field(): assert list(vars(tiny()))[-1] == 'times' and tiny().times is None
+def test_whatever_holds_images(folder, cache, monkeypatch):
+    monkeypatch.setenv('HOME', str(folder.parent))
+    save(folder/'x.png', noise(4, 4))
+    assert as_image_set('~/images', 9, cache=cache).images.shape == (1, 1, 9, 9) and cache.exists()
+    assert as_image_set(np.zeros((2, 3, 8, 8)), size=8, channels=3).images.shape == (2, 3, 8, 8)
+    assert as_image_set(whole := digits()) is whole
+    refused('8×8 pixels', as_image_set, whole, 9)
+    refused('not as list', as_image_set, [1, 2])
 
-@pytest.mark.parametrize('words, times', [
-    ('need 4 times', [1, 2]), ('need 4 times', np.ones((4, 1))), ('image 2 is nan', [0, 1, np.nan, 2]),
-    ('image 3 is -inf', [0, 1, 2, -np.inf]), ('float64', torch.tensor([0, 1e9, 2, 3])),
-    ('must be numbers', ['a', 'b', 'c', 'd']), ('must be numbers', [0, 1, 2, None]),
-    ('must be numbers', np.array(['2020-01-01']*4, 'datetime64[s]'))])
-def test_wrong_times(words, times): refused(words, tiny, times=times)
+def test_bar_only_when_asked(folder, cache, capfd):
+    for i in range(3): save(folder/f'{i}.png', noise(4, 4))
+    image_folder(folder, cache=cache)
+    assert capfd.readouterr() == ('', '')
+    image_folder(folder, size=5, cache=cache, progress=True)
+    assert '3/3' in capfd.readouterr().err
+
+def test_more_files_than_are_decoded_at_a_time(folder, cache):
+    x = noise(2100, 28, 28)
+    for i, image in enumerate(x): save(folder/f'{i:04}.png', image, compress_level=1)
+    got = image_folder(folder, cache=cache)
+    assert got.images.shape == (2100, 1, 28, 28) and (got.images[:, 0].numpy() == x).all()
+    assert got.labels is None and got.paths[2021] == '2021.png'
+
+# -- the cache --
+
+@pytest.fixture
+def pair(folder):
+    for i in (1, 2): save(folder/f'{i}.png', noise(6, 6, seed=i))
+    return folder
+
+@pytest.fixture
+def decodes(monkeypatch):
+    "The files decoded so far."
+    seen, real = [], data.decode_image
+    monkeypatch.setattr(data, 'decode_image', lambda file, *a: seen.append(Path(file).name) or real(file, *a))
+    return seen
+
+def test_decodes_once(pair, cache, decodes):
+    first = image_folder(pair, cache=cache)
+    again = image_folder(str(pair) + '/', cache=str(cache))
+    assert sorted(decodes) == ['1.png', '2.png']
+    assert first.images.equal(again.images) and first.paths == again.paths
+
+def rewrite(f): save(f, noise(6, 6, seed=9))
+
+def same_times(f):
+    "Another image of the same length, with its old times put back."
+    s, raw = f.stat(), bytearray(f.read_bytes())
+    raw[-20] ^= 1
+    f.write_bytes(raw)
+    os.utime(f, ns=(s.st_atime_ns, s.st_mtime_ns))
+
+CHANGES = {'rewrite': rewrite, 'same times': same_times, 'touch': os.utime, 'delete': os.unlink,
+           'rename': lambda f: f.rename(f.with_name('3.png')),
+           'add': lambda f: save(f.with_name('4.png'), noise(6, 6))}
+
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
+def test_a_change_is_noticed(pair, cache, decodes, change):
+    image_folder(pair, cache=cache)
+    decodes.clear()
+    change(pair/'2.png')
+    x = image_folder(pair, cache=cache)
+    assert sorted(decodes) == [f.name for f in find_images(pair)]
+    want, _ = read_images(find_images(pair), 6, 1)
+    assert x.images.equal(want)
+
+def test_options_have_caches_of_their_own(pair, cache):
+    shapes = {tuple(image_folder(pair, s, c, cache).images.shape) for s in (None, 4, 9) for c in (None, 3)}
+    assert shapes == {(2, c, s, s) for s in (6, 4, 9) for c in (1, 3)}
+
+DAMAGE = {
+    'cut': lambda f: f.write_bytes(f.read_bytes()[:-1]), 'empty': lambda f: f.write_bytes(b''),
+    'gone': os.unlink,
+    'garbage': lambda f: f.write_bytes(b'x'*300), 'other': lambda f: np.save(f, noise(5, 1, 6, 6)),
+    'json cut': lambda f: f.with_suffix('.json').write_text('[[0'),
+    'json other': lambda f: f.with_suffix('.json').write_text('[3]'),
+    'json gone': lambda f: f.with_suffix('.json').unlink()}
+
+@pytest.mark.parametrize('damage', DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_cache_is_made_anew(pair, cache, damage):
+    want = image_folder(pair, cache=cache).images.clone()
+    damage(next(cache.glob('*.npy')))
+    assert image_folder(pair, cache=cache).images.equal(want)
+    assert len(list(cache.iterdir())) == 2
+
+def test_writing_to_images_never_reaches_the_cache(pair, cache):
+    x = image_folder(pair, cache=cache)
+    want = x.images.clone()
+    x.images[:] = 0
+    assert image_folder(pair, cache=cache).images.equal(want)
+
+def test_an_interrupted_write_leaves_nothing(pair, cache, monkeypatch):
+    def stop(*_): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(data, 'try_decode', stop)
+        with pytest.raises(KeyboardInterrupt): image_folder(pair, cache=cache)
+    assert list(cache.iterdir()) == []
+    assert len(image_folder(pair, cache=cache)) == 2
+
+def test_a_full_disk_is_one_sentence(pair, cache, monkeypatch):
+    def full(_): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    refused('No space left', image_folder, pair, cache=cache)
+    assert list(cache.iterdir()) == []
+
+def test_an_impossible_cache_is_one_sentence(pair, tmp_path):
+    (tmp_path/'file').touch()
+    for bad in (tmp_path/'file', tmp_path/'file/below'):
+        refused('cannot be written', image_folder, pair, cache=bad)
+
+def test_default_cache(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'xdg'))
+    image_folder(pair)
+    assert len(list((tmp_path/'xdg/scan_nb').glob('images-*.npy'))) == 1
+    monkeypatch.delenv('XDG_CACHE_HOME')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert cache_dir() == tmp_path/'.cache/scan_nb'
+
+def test_the_cache_is_an_ordinary_file(folder, cache):
+    damaged(folder)
+    image_folder(folder, size=10, cache=cache)
+    file = next(cache.glob('*.npy'))
+    x, skipped = np.load(file), json.loads(file.with_suffix('.json').read_text())
+    assert x.shape == (8, 3, 10, 10) and len(skipped) == 7 and x[0].any() and not x[1:].any()
+
+def test_two_processes_write_at_once(folder, cache):
+    for i in range(300): save(folder/f'{i:03}.png', noise(12, 12, seed=i))
+    (folder/'007.png').write_bytes(b'')
+    code = ('import sys, hashlib; from scan_nb.datasets import image_folder; sys.stdin.readline();'
+            'x = image_folder(sys.argv[1], cache=sys.argv[2]);'
+            'print(len(x), len(x.skipped), hashlib.sha256(x.images.numpy().tobytes()).hexdigest())')
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    command, pipe = [sys.executable, '-c', code, folder, cache], subprocess.PIPE
+    runs = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env) for _ in range(2)]
+    for r in runs:
+        r.stdin.write('go\n')
+        r.stdin.flush()
+    x, _ = read_images(find_images(folder), 12, 1)
+    want = f'299 1 {hashlib.sha256(x.numpy().tobytes()).hexdigest()}\n'
+    assert [r.communicate()[0] for r in runs] == [want]*2
+    assert len(list(cache.iterdir())) == 2
+
+# -- a folder with tables --
+
+@pytest.fixture
+def four(folder):
+    "Four images: a/1.png, a/2.png, b/2.png and top.png."
+    for i, name in enumerate(('a/1.png', 'a/2.png', 'b/2.png', 'top.png')):
+        save(folder/name, np.full((4, 4), i, np.uint8))
+    return folder
+
+@pytest.fixture
+def table(tmp_path):
+    def write(text, name='t.csv', encoding='utf-8'):
+        (tmp_path/name).write_text(text, encoding)
+        return tmp_path/name
+    return write
+
+def labels(x): return [None if y < 0 else x.classes[y] for y in x.labels]
+
+@pytest.mark.parametrize('text', [
+    'path,label\na/1.png,cat\na/2.png,dog\nb/2.png,cat\ntop.png,dog',
+    'File;Class\r\nb/2.png;cat\r\ntop.png;dog\r\na/1.png;cat\r\na/2.png;dog\r\n',
+    'id\ty\tfilename\n9\tcat\t1.png\n8\tdog\ta/2.png\n7\tcat\tb/2.png\n6\tdog\ttop.png\n',
+    'image, label \n "1" , cat\n./a/2.png,dog\nb\\2.png,cat\n\ntop,dog\n,\n',
+    '1.png,cat\na/2.png,dog\nb/2.png,cat\ntop,dog\nelsewhere.png,emu\n',
+    '\ufeffname,label\n1,cat\na/2.png,dog\na/2.png,dog\nb/2.png,cat\ntop,dog\n'],
+    ids=['path', 'semicolon', 'tab', 'names and stems', 'no header', 'mark and a row twice'])
+def test_labels_from_a_table(four, cache, table, text):
+    x = image_folder(four, cache=cache, labels=table(text))
+    assert x.paths == ['a/1.png', 'a/2.png', 'b/2.png', 'top.png']
+    assert labels(x) == ['cat', 'dog', 'cat', 'dog'] and x.classes == ['cat', 'dog']
+    assert x.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    assert labels(image_folder(four, cache=cache, labels=str(table(text)))) == labels(x)
+
+def test_the_rest_is_unknown(four, cache, table):
+    x = image_folder(four, cache=cache, labels=table('path,label\n1,cat\nb/2.png,\n'))
+    assert labels(x) == ['cat', None, None, None] and x.classes == ['cat'] and '3 unlabeled' in repr(x)
+    x = image_folder(four, cache=cache, labels=table('1,10\na/2.png,9\nb/2.png,-1\ntop,2\n'))
+    assert x.classes == ['2', '9', '10'] and labels(x) == ['10', '9', None, '2']
+    x = image_folder(four, cache=cache, labels=table('1,-1\ntop,b\n'))
+    assert x.classes == ['-1', 'b']                            # a name like any other among names
+
+def test_an_exact_path_comes_before_a_bare_name(four, cache, table):
+    (four/'1.png').write_bytes((four/'top.png').read_bytes())
+    x = image_folder(four, cache=cache, labels=table('path,label\n1.png,x\n'))
+    assert x.paths[0] == '1.png' and labels(x) == ['x', None, None, None, None]
+
+def test_a_table_and_a_damaged_file(four, cache, table):
+    (four/'a/2.png').write_bytes(b'')
+    x = image_folder(four, cache=cache, labels=table('1,u\na/2.png,v\nb/2.png,w'))
+    assert x.paths == ['a/1.png', 'b/2.png', 'top.png'] and labels(x) == ['u', 'w', None]
+    assert x.classes == ['u', 'v', 'w'] and x.skipped == [('a/2.png', 'an empty file')]
+
+@pytest.mark.parametrize('words, text', [
+    ("column 'label' or 'class' or 'y', but its first row is: path, weather", 'path,weather\n1,sun\n'),
+    ("column 'path' or .*first row is: id, label", 'id,label\n1,sun\n'),
+    ('first row is: 1, sun, 3', '1,sun,3\n'), ('first row is: just', 'just\nlines\n'),
+    ("No row .* has 'x', the folder 'a/1.png'", 'path,label\nx,cat\ny,dog\n'), ('No row', 'path,label\n'),
+    ('fits a/2.png and b/2.png', 'path,label\n2.png,cat\n'), ('fits a/2.png and b/2.png', '2,cat\n'),
+    ("'1.png' both 'cat' and 'dog'", 'path,label\na/1.png,cat\n1.png,dog\n'), ('is empty', ' \n\n'),
+    ('has 2 columns, but a row of 3: 1,cat,dog', 'path,label\n1,cat,dog\n'),
+    ('No image has a label', 'path,label\n1,\ntop,\n'), ('No image has a label', '1,-1\ntop,-1\n')])
+def test_wrong_tables(four, cache, table, words, text):
+    refused(words, image_folder, four, cache=cache, labels=table(text))
+    assert not cache.exists()                                  # refused before anything is decoded
+
+def test_no_table(four, cache, tmp_path):
+    refused('cannot be read: No such file', image_folder, four, cache=cache, labels=tmp_path/'nowhere.csv')
+    refused('cannot be read', image_folder, four, cache=cache, labels=tmp_path)
+    (tmp_path/'x.csv').write_bytes(bytes(range(256)))
+    refused('is not a CSV file', image_folder, four, cache=cache, labels=tmp_path/'x.csv')
+
+SPLITS = 'path,split\na/1.png,train\na/2.png,test\nb/2.png,test\n'
+
+def test_splits(four, cache, table):
+    splits, names = table(SPLITS), table('1,u\nb/2.png,w\ntop,v', 'labels.csv')
+    train, test = (image_folder(four, cache=cache, labels=names, split=s, splits=splits)
+                   for s in ('train', 'test'))
+    assert train.paths == ['a/1.png'] and test.paths == ['a/2.png', 'b/2.png']
+    assert test.images[:, 0, 0, 0].tolist() == [1, 2]
+    assert labels(test) == [None, 'w'] and labels(train) == ['u']
+    assert train.classes == test.classes == ['u', 'v', 'w']     # the same numbers mean the same classes
+    plain = table('1,train\na/2.png,test', 'plain.csv')
+    plain = image_folder(four, cache=cache, split='test', splits=plain)
+    assert plain.paths == ['a/2.png'] and plain.labels is None
+
+def test_splits_keep_the_classes_of_subfolders(four, cache, table):
+    (four/'top.png').unlink()
+    test = image_folder(four, cache=cache, split='test', splits=table('b/2.png,test'))
+    assert test.classes == ['a', 'b'] and labels(test) == ['b']
+
+def test_one_table_for_all(four, cache, table):
+    t = table('file,class,subset,timestamp\n1,u,train,10\na/2.png,v,test,20.5\n'
+              'b/2.png,,test,2003-12-23T08:00:10Z\n')
+    x = image_folder(four, cache=cache, labels=t, split='test', times=t)
+    assert labels(x) == ['v', None] and x.times.tolist() == [20.5, 1072166410] and x.classes == ['u', 'v']
+
+@pytest.mark.parametrize('words, options', [
+    ("'val', only of: test, train", dict(split='val', splits='t.csv')),
+    ('None, only of: test, train', dict(splits='t.csv')), ('give `splits`', dict(split='test')),
+    ("'label' or 'class'", dict(split='test', labels='t.csv')),
+    ("'split' or 'subset'", dict(split='a', labels='labels.csv'))])
+def test_wrong_splits(four, cache, table, monkeypatch, words, options):
+    table(SPLITS)
+    table('path,y\n1,a\n', 'labels.csv')
+    monkeypatch.chdir(four.parent)
+    refused(words, image_folder, four, cache=cache, **options)
+    assert not cache.exists()
+
+def test_several_splits(four, cache, table):
+    t = table('1,train\na/2.png,val\nb/2.png,test\n')
+    x = image_folder(four, cache=cache, split=['train', 'test'], splits=t)
+    assert x.paths == ['a/1.png', 'b/2.png']
+    refused("split 'a' or 'b', only of: test, train, val", image_folder, four, split=['a', 'b'], splits=t)
+
+# -- times --
+
+FORMS = ['%Y%m%d_%H%M%S', '%Y-%m-%dT%H-%M-%S', 'N%Y%m%dG%H%M%S', '%Y%m%d%H%M%S', '%Y-%m-%d %H:%M:%S',
+         'yrs.%Y.%m.%d.%H.%M.%S', '%Y_%m_%d_%H_%M_%S_557', 'ASI-%Y%m%d-%H%M%SZ', 'kho_%Y%m%d_UT%H%M%S.full',
+         'Image at %Y-%m-%d at %H.%M.%S', '0042_%Y%m%dT%H%M%S_0001']
+
+@given(st.datetimes(datetime(1900, 1, 1), datetime(2099, 12, 31)), st.sampled_from(FORMS))
+def test_times_in_names(time, form):
+    time = time.replace(microsecond=0)
+    assert parse_time(time.strftime(form) + '.png') == (time - datetime(1970, 1, 1)).total_seconds()
+
+@pytest.mark.parametrize('name', [
+    '', 'x.png', '20031223.png', '20031223_0800.png', 'IMG_20031223_0001.jpg', '20031323_080010',
+    '20030231_080010', '20031223_250010', '20031223_086010', '120031223_080010', '20031223_0800101',
+    '18991231_080010', '2003-1223_080010', '1072166410', '20031223_____080010', '12345678901234'])
+def test_no_time_in_a_name(name): assert parse_time(name) is None
+
+def test_the_first_valid_time_counts():
+    assert parse_time('20039999_999999_20031223_080010_20041223_080010') == 1072166410
+
+def sky(folder, names):
+    folder.mkdir()
+    for i, name in enumerate(names): Image.fromarray(np.full((4, 4), i, np.uint8)).save(folder/name)
+    return folder
+
+def test_times_from_names(tmp_path, cache):
+    names = ['20031223_080010.png', '20031223_080020.png']
+    x = image_folder(sky(tmp_path/'s', names), cache=cache, times='names')
+    assert x.times.tolist() == [1072166410, 1072166420] and x.times.dtype == torch.float64
+
+@pytest.mark.parametrize('text', [
+    '1072166410', '1072166410.0', '2003-12-23T08:00:10', '2003-12-23 08:00:10Z', '2003-12-23T09:30:10+01:30',
+    '20031223080010', '20031223_080010', '2003-12-23T08:00:10.000+00:00', '2003-12-23T08-00-10'])
+def test_times_from_a_table(four, cache, table, text):
+    rows = ''.join(f'{n},{text}\n' for n in ('1', 'a/2.png', 'b/2.png', 'top'))
+    for t in (table('path,time\n' + rows), table(rows)):
+        assert image_folder(four, cache=cache, times=t).times.tolist() == [1072166410]*4
+
+def test_numbers_and_dates_in_a_table(four, cache, table):
+    t = table('1,-10\na/2.png,0.25\nb/2.png,1970-01-02\ntop,1e3\n')
+    refused("'top.png' cannot be read from '1e3'", image_folder, four, cache=cache, times=t)
+    t = table('1,-10\na/2.png,0.25\nb/2.png,1970-01-02\ntop,1000\n')
+    assert image_folder(four, cache=cache, times=t).times.tolist() == [-10, .25, 86400, 1000]
+
+def test_wrong_times_of_a_folder(four, cache, table):
+    words = r"'a/1.png' cannot be read from '1.png' \(4 of 4 images\)"
+    refused(words, image_folder, four, cache=cache, times='names')
+    for text in ('noon', '1072166410000', 'nan', 'inf', '', '2003-13-01T00:00:00'):
+        t = table(f'path,datetime\n1,5\na/2.png,5\nb/2.png,"{text}"\ntop,6\n')
+        refused(f"'b/2.png' cannot be read from '{text}' .1 of 4", image_folder, four, cache=cache, times=t)
+    refused("from '' .3 of 4", image_folder, four, cache=cache, times=table('1,5\n'))
+    assert not cache.exists()
+
+# -- whole days --
+
+def day(t): return (datetime.fromtimestamp(t, timezone.utc) - timedelta(hours=12)).date()
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 20*86400), min_size=2, max_size=60), st.floats(.05, .95), st.integers(0, 9))
+def test_no_day_is_on_both_sides(times, share, seed):
+    days = [day(t) for t in times]
+    if len(set(days)) < 2: return refused('one day', split_by_day, times, share, seed)
+    train, test = split_by_day(times, share, seed)
+    assert sorted(train.tolist() + test.tolist()) == list(range(len(times)))
+    assert train.tolist() == sorted(train.tolist()) and test.tolist() == sorted(test.tolist())
+    assert len(train) and len(test) and not {days[i] for i in train} & {days[i] for i in test}
+    again = split_by_day(np.array(times, float), share, seed)
+    assert again[0].equal(train) and again[1].equal(test)
+    biggest = max(days.count(d) for d in days)
+    assert abs(len(test) - share*len(times)) <= biggest       # within one day of the share
+
+def test_a_night_stays_whole():
+    dusk = parse_time('20031223_180000')
+    times = torch.tensor([dusk + 86400*n + 3600*h for n in range(10) for h in range(12)], dtype=torch.float64)
+    train, test = split_by_day(times)
+    assert len(test) == 24 and len(train) == 96
+    for part in (train, test): assert len({i // 12 for i in part.tolist()})*12 == len(part)
+    assert len({tuple(split_by_day(times, seed=s)[1].tolist()) for s in range(20)}) > 5
+
+@pytest.mark.parametrize('words, times, options', [
+    ('test share', [0, 1e5], dict(test_share=0)), ('test share', [0, 1e5], dict(test_share=1)),
+    ('test share', [0, 1e5], dict(test_share=np.nan)), ('no times', None, {}), ('one day', [], {}),
+    ('image 1 is nan', [0, np.nan], {}), ('one day', [50_000, 60_000], {}),
+    ('float64', torch.tensor([0, 1e9]), {})])
+def test_wrong_days(words, times, options): refused(words, split_by_day, times, **options)
+
+# -- Fashion-MNIST --
+
+def idx(x): return bytes([0, 0, 8, x.ndim]) + np.array(x.shape, '>u4').tobytes() + x.tobytes()
+
+FAKE = {f'{part}-{what}-ubyte': idx(x) for part, n in (('train', 20), ('t10k', 10))
+        for what, x in (('images-idx3', noise(n, 28, 28, seed=n)),
+                        ('labels-idx1', np.arange(n, dtype=np.uint8) % 10))}
+
+@pytest.fixture
+def no_mirror(monkeypatch, tmp_path):
+    "No copy on this machine, no internet, two mirrors; the addresses asked for."
+    from torchvision.datasets import FashionMNIST
+    monkeypatch.setattr(FashionMNIST, 'mirrors', ['https://one.test/', 'https://two.test/'])
+    asked = []
+    def urlopen(url, timeout):
+        asked.append(url)
+        raise OSError('no route to host')
+    monkeypatch.setattr('urllib.request.urlopen', urlopen)
+    monkeypatch.setattr(datasets, 'DEBIAN_FASHION', str(tmp_path/'debian'))
+    return asked
+
+@pytest.mark.parametrize('end', ['', '.gz'])
+@pytest.mark.parametrize('place', ['root/FashionMNIST/raw', 'debian'])
+def test_fashion_from_files(tmp_path, no_mirror, place, end):
+    (tmp_path/place).mkdir(parents=True)
+    for name, raw in FAKE.items():
+        (tmp_path/place/(name + end)).write_bytes(gzip.compress(raw) if end else raw)
+    train, test, both = (fashion_mnist(s, tmp_path/'root') for s in ('train', 'test', 'all'))
+    assert (train.images[:, 0].numpy() == noise(20, 28, 28, seed=20)).all() and len(test) == 10
+    assert both.images.equal(torch.cat([train.images, test.images]))
+    assert both.labels.tolist() == [*range(10)]*3
+    assert both.n_classes == 10 and both.labels.dtype == torch.int64
+    assert not no_mirror
+
+def test_fashion_nowhere(tmp_path, no_mirror):
+    refused('apt install dataset-fashion-mnist', fashion_mnist, 'test', tmp_path)
+    assert no_mirror == [f'https://{n}.test/t10k-images-idx3-ubyte.gz' for n in ('one', 'two')]
+    refused("not 'valid'", fashion_mnist, 'valid')
+
+def test_fashion_downloads(tmp_path, no_mirror, monkeypatch):
+    from torchvision.datasets import FashionMNIST
+    packed = {f'{name}.gz': gzip.compress(raw) for name, raw in FAKE.items()}
+    def urlopen(url, timeout):
+        raw = packed[url.rsplit('/', 1)[1]]
+        return io.BytesIO(b'damaged on the way' if 'one.test' in url else raw)
+    monkeypatch.setattr('urllib.request.urlopen', urlopen)
+    resources = [(k, hashlib.md5(v).hexdigest()) for k, v in packed.items()]
+    monkeypatch.setattr(FashionMNIST, 'resources', resources)
+    assert len(fashion_mnist('test', tmp_path)) == 10
+    raw = tmp_path/'FashionMNIST/raw'
+    assert {f.name for f in raw.iterdir()} == {'t10k-images-idx3-ubyte.gz', 't10k-labels-idx1-ubyte.gz'}
+    monkeypatch.setattr('urllib.request.urlopen', None)   # from now on, from the files
+    assert len(fashion_mnist('test', tmp_path)) == 10
+
+@pytest.mark.parametrize('damage', [
+    lambda b: b[:-1], lambda b: b[:2], lambda b: b'', lambda b: b + b'x', lambda b: b'\0\0\x0d' + b[3:],
+    lambda b: bytes(3) + b'\xff' + b[4:]], ids=['cut', 'head cut', 'empty', 'too long', 'type', 'axes'])
+@pytest.mark.parametrize('end', ['', '.gz'])
+def test_fashion_damaged(tmp_path, no_mirror, damage, end):
+    raw = tmp_path/'FashionMNIST/raw'
+    raw.mkdir(parents=True)
+    for name, b in FAKE.items():
+        (raw/(name + end)).write_bytes(gzip.compress(damage(b)) if end else damage(b))
+    refused('is damaged', fashion_mnist, 'test', tmp_path)
+
+@pytest.mark.parametrize('at', [5, 12, -12, -4])
+def test_fashion_damaged_gz(tmp_path, no_mirror, at):
+    raw = tmp_path/'FashionMNIST/raw'
+    raw.mkdir(parents=True)
+    for name, b in FAKE.items():
+        packed = bytearray(gzip.compress(b))
+        (raw/f'{name}.gz').write_bytes(packed[:at] if at < 0 else packed[:at] + bytes(20) + packed[at+20:])
+    refused('is damaged', fashion_mnist, 'test', tmp_path)
+
+@pytest.mark.skipif(not Path(DEBIAN_FASHION).exists(), reason='Fashion-MNIST is not installed')
+def test_the_real_fashion(tmp_path):
+    x = fashion_mnist('test', tmp_path)
+    assert x.images.shape == (10_000, 1, 28, 28) and x.labels.bincount().tolist() == [1000]*10
+    assert [x.classes[i] for i in x.labels[:3]] == ['Ankle boot', 'Pullover', 'Trouser']
 
 # -- CIFAR --
 
@@ -279,7 +709,7 @@ def test_damaged_stl(root, cache, name, damage):
 
 FOLDERS = ['n01440764', 'n01443537', 'n02999410']
 
-def photo(path, seed, size=(90, 120)):
+def photograph(path, seed, size=(90, 120)):
     "A JPEG of one color with a brighter side."
     path.parent.mkdir(parents=True, exist_ok=True)
     x = np.ones((*size, 3), np.uint8)*noise(3, seed=seed)//2
@@ -290,7 +720,7 @@ def photo(path, seed, size=(90, 120)):
 def imagenet(root):
     for split, n in (('train', 3), ('val', 2)):
         for i, folder in enumerate(FOLDERS):
-            for j in range(n): photo(root/split/folder/f'{folder}_{j}.JPEG', 10*i + j)
+            for j in range(n): photograph(root/split/folder/f'{folder}_{j}.JPEG', 10*i + j)
     return root
 
 @pytest.mark.parametrize('split', ['train', 'val'])
@@ -345,199 +775,142 @@ def test_wrong_imagenet(imagenet, cache, tmp_path):
     refused('size must', imagenet_subset, imagenet, 'val', FOLDERS, 0, cache)
     assert not cache.exists()
 
-# -- a folder with tables --
-
-@pytest.fixture
-def folder(tmp_path):
-    "Four images: a/1.png, a/2.png, b/2.png and top.png."
-    for i, name in enumerate(('a/1.png', 'a/2.png', 'b/2.png', 'top.png')):
-        (tmp_path/'images'/name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((4, 4), i, np.uint8)).save(tmp_path/'images'/name)
-    return tmp_path/'images'
-
-@pytest.fixture
-def table(tmp_path):
-    def write(text, name='t.csv', encoding='utf-8'):
-        (tmp_path/name).write_text(text, encoding)
-        return tmp_path/name
-    return write
-
-def labels(x): return [None if y < 0 else x.classes[y] for y in x.labels]
-
-@pytest.mark.parametrize('text', [
-    'path,label\na/1.png,cat\na/2.png,dog\nb/2.png,cat\ntop.png,dog',
-    'File;Class\r\nb/2.png;cat\r\ntop.png;dog\r\na/1.png;cat\r\na/2.png;dog\r\n',
-    'id\ty\tfilename\n9\tcat\t1.png\n8\tdog\ta/2.png\n7\tcat\tb/2.png\n6\tdog\ttop.png\n',
-    'image, label \n "1" , cat\n./a/2.png,dog\nb\\2.png,cat\n\ntop,dog\n,\n',
-    '1.png,cat\na/2.png,dog\nb/2.png,cat\ntop,dog\nelsewhere.png,emu\n',
-    '\ufeffname,label\n1,cat\na/2.png,dog\na/2.png,dog\nb/2.png,cat\ntop,dog\n'],
-    ids=['path', 'semicolon', 'tab', 'names and stems', 'no header', 'mark and a row twice'])
-def test_labels_from_a_table(folder, cache, table, text):
-    x = image_folder(folder, cache=cache, labels=table(text))
-    assert x.paths == ['a/1.png', 'a/2.png', 'b/2.png', 'top.png']
-    assert labels(x) == ['cat', 'dog', 'cat', 'dog'] and x.classes == ['cat', 'dog']
-    assert x.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
-    assert labels(image_folder(folder, cache=cache, labels=str(table(text)))) == labels(x)
-
-def test_the_rest_is_unknown(folder, cache, table):
-    x = image_folder(folder, cache=cache, labels=table('path,label\n1,cat\nb/2.png,\n'))
-    assert labels(x) == ['cat', None, None, None] and x.classes == ['cat'] and '3 unlabeled' in repr(x)
-    x = image_folder(folder, cache=cache, labels=table('1,10\na/2.png,9\nb/2.png,-1\ntop,2\n'))
-    assert x.classes == ['2', '9', '10'] and labels(x) == ['10', '9', None, '2']
-    x = image_folder(folder, cache=cache, labels=table('1,-1\ntop,b\n'))
-    assert x.classes == ['-1', 'b']                            # a name like any other among names
-
-def test_an_exact_path_comes_before_a_bare_name(folder, cache, table):
-    (folder/'1.png').write_bytes((folder/'top.png').read_bytes())
-    x = image_folder(folder, cache=cache, labels=table('path,label\n1.png,x\n'))
-    assert x.paths[0] == '1.png' and labels(x) == ['x', None, None, None, None]
-
-def test_a_table_and_a_damaged_file(folder, cache, table):
-    (folder/'a/2.png').write_bytes(b'')
-    x = image_folder(folder, cache=cache, labels=table('1,u\na/2.png,v\nb/2.png,w'))
-    assert x.paths == ['a/1.png', 'b/2.png', 'top.png'] and labels(x) == ['u', 'w', None]
-    assert x.classes == ['u', 'v', 'w'] and x.skipped == [('a/2.png', 'an empty file')]
-
-@pytest.mark.parametrize('words, text', [
-    ("column 'label' or 'class' or 'y', but its first row is: path, weather", 'path,weather\n1,sun\n'),
-    ("column 'path' or .*first row is: id, label", 'id,label\n1,sun\n'),
-    ('first row is: 1, sun, 3', '1,sun,3\n'), ('first row is: just', 'just\nlines\n'),
-    ("No row .* has 'x', the folder 'a/1.png'", 'path,label\nx,cat\ny,dog\n'), ('No row', 'path,label\n'),
-    ('fits a/2.png and b/2.png', 'path,label\n2.png,cat\n'), ('fits a/2.png and b/2.png', '2,cat\n'),
-    ("'1.png' both 'cat' and 'dog'", 'path,label\na/1.png,cat\n1.png,dog\n'), ('is empty', ' \n\n'),
-    ('has 2 columns, but a row of 3: 1,cat,dog', 'path,label\n1,cat,dog\n'),
-    ('No image has a label', 'path,label\n1,\ntop,\n'), ('No image has a label', '1,-1\ntop,-1\n')])
-def test_wrong_tables(folder, cache, table, words, text):
-    refused(words, image_folder, folder, cache=cache, labels=table(text))
-    assert not cache.exists()                                  # refused before anything is decoded
-
-def test_no_table(folder, cache, tmp_path):
-    refused('cannot be read: No such file', image_folder, folder, cache=cache, labels=tmp_path/'nowhere.csv')
-    refused('cannot be read', image_folder, folder, cache=cache, labels=tmp_path)
-    (tmp_path/'x.csv').write_bytes(bytes(range(256)))
-    refused('is not a CSV file', image_folder, folder, cache=cache, labels=tmp_path/'x.csv')
-
-SPLITS = 'path,split\na/1.png,train\na/2.png,test\nb/2.png,test\n'
-
-def test_splits(folder, cache, table):
-    splits, names = table(SPLITS), table('1,u\nb/2.png,w\ntop,v', 'labels.csv')
-    train, test = (image_folder(folder, cache=cache, labels=names, split=s, splits=splits)
-                   for s in ('train', 'test'))
-    assert train.paths == ['a/1.png'] and test.paths == ['a/2.png', 'b/2.png']
-    assert test.images[:, 0, 0, 0].tolist() == [1, 2]
-    assert labels(test) == [None, 'w'] and labels(train) == ['u']
-    assert train.classes == test.classes == ['u', 'v', 'w']     # the same numbers mean the same classes
-    plain = table('1,train\na/2.png,test', 'plain.csv')
-    plain = image_folder(folder, cache=cache, split='test', splits=plain)
-    assert plain.paths == ['a/2.png'] and plain.labels is None
-
-def test_splits_keep_the_classes_of_subfolders(folder, cache, table):
-    (folder/'top.png').unlink()
-    test = image_folder(folder, cache=cache, split='test', splits=table('b/2.png,test'))
-    assert test.classes == ['a', 'b'] and labels(test) == ['b']
-
-def test_one_table_for_all(folder, cache, table):
-    t = table('file,class,subset,timestamp\n1,u,train,10\na/2.png,v,test,20.5\n'
-              'b/2.png,,test,2003-12-23T08:00:10Z\n')
-    x = image_folder(folder, cache=cache, labels=t, split='test', times=t)
-    assert labels(x) == ['v', None] and x.times.tolist() == [20.5, 1072166410] and x.classes == ['u', 'v']
-
-@pytest.mark.parametrize('words, options', [
-    ("'val', only of: test, train", dict(split='val', splits='t.csv')),
-    ('None, only of: test, train', dict(splits='t.csv')), ('give `splits`', dict(split='test')),
-    ("'label' or 'class'", dict(split='test', labels='t.csv')),
-    ("'split' or 'subset'", dict(split='a', labels='labels.csv'))])
-def test_wrong_splits(folder, cache, table, monkeypatch, words, options):
-    table(SPLITS)
-    table('path,y\n1,a\n', 'labels.csv')
-    monkeypatch.chdir(folder.parent)
-    refused(words, image_folder, folder, cache=cache, **options)
-    assert not cache.exists()
-
-# -- times --
-
-FORMS = ['%Y%m%d_%H%M%S', '%Y-%m-%dT%H-%M-%S', 'N%Y%m%dG%H%M%S', '%Y%m%d%H%M%S', '%Y-%m-%d %H:%M:%S',
-         'yrs.%Y.%m.%d.%H.%M.%S', '%Y_%m_%d_%H_%M_%S_557', 'ASI-%Y%m%d-%H%M%SZ', 'kho_%Y%m%d_UT%H%M%S.full',
-         'Image at %Y-%m-%d at %H.%M.%S', '0042_%Y%m%dT%H%M%S_0001']
-
-@given(st.datetimes(datetime(1900, 1, 1), datetime(2099, 12, 31)), st.sampled_from(FORMS))
-def test_times_in_names(time, form):
-    time = time.replace(microsecond=0)
-    assert parse_time(time.strftime(form) + '.png') == (time - datetime(1970, 1, 1)).total_seconds()
-
-@pytest.mark.parametrize('name', [
-    '', 'x.png', '20031223.png', '20031223_0800.png', 'IMG_20031223_0001.jpg', '20031323_080010',
-    '20030231_080010', '20031223_250010', '20031223_086010', '120031223_080010', '20031223_0800101',
-    '18991231_080010', '2003-1223_080010', '1072166410', '20031223_____080010', '12345678901234'])
-def test_no_time_in_a_name(name): assert parse_time(name) is None
-
-def test_the_first_valid_time_counts():
-    assert parse_time('20039999_999999_20031223_080010_20041223_080010') == 1072166410
-
-def sky(folder, names):
-    folder.mkdir()
-    for i, name in enumerate(names): Image.fromarray(np.full((4, 4), i, np.uint8)).save(folder/name)
-    return folder
-
-def test_times_from_names(tmp_path, cache):
-    names = ['20031223_080010.png', '20031223_080020.png']
-    x = image_folder(sky(tmp_path/'s', names), cache=cache, times='names')
-    assert x.times.tolist() == [1072166410, 1072166420] and x.times.dtype == torch.float64
-
-@pytest.mark.parametrize('text', [
-    '1072166410', '1072166410.0', '2003-12-23T08:00:10', '2003-12-23 08:00:10Z', '2003-12-23T09:30:10+01:30',
-    '20031223080010', '20031223_080010', '2003-12-23T08:00:10.000+00:00', '2003-12-23T08-00-10'])
-def test_times_from_a_table(folder, cache, table, text):
-    rows = ''.join(f'{n},{text}\n' for n in ('1', 'a/2.png', 'b/2.png', 'top'))
-    for t in (table('path,time\n' + rows), table(rows)):
-        assert image_folder(folder, cache=cache, times=t).times.tolist() == [1072166410]*4
-
-def test_numbers_and_dates_in_a_table(folder, cache, table):
-    t = table('1,-10\na/2.png,0.25\nb/2.png,1970-01-02\ntop,1e3\n')
-    refused("'top.png' cannot be read from '1e3'", image_folder, folder, cache=cache, times=t)
-    t = table('1,-10\na/2.png,0.25\nb/2.png,1970-01-02\ntop,1000\n')
-    assert image_folder(folder, cache=cache, times=t).times.tolist() == [-10, .25, 86400, 1000]
-
-def test_wrong_times_of_a_folder(folder, cache, table):
-    words = r"'a/1.png' cannot be read from '1.png' \(4 of 4 images\)"
-    refused(words, image_folder, folder, cache=cache, times='names')
-    for text in ('noon', '1072166410000', 'nan', 'inf', '', '2003-13-01T00:00:00'):
-        t = table(f'path,datetime\n1,5\na/2.png,5\nb/2.png,"{text}"\ntop,6\n')
-        refused(f"'b/2.png' cannot be read from '{text}' .1 of 4", image_folder, folder, cache=cache, times=t)
-    refused("from '' .3 of 4", image_folder, folder, cache=cache, times=table('1,5\n'))
-    assert not cache.exists()
-
-# -- whole days --
-
-def day(t): return (datetime.fromtimestamp(t, timezone.utc) - timedelta(hours=12)).date()
-
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 20*86400), min_size=2, max_size=60), st.floats(.05, .95), st.integers(0, 9))
-def test_no_day_is_on_both_sides(times, share, seed):
-    days = [day(t) for t in times]
-    if len(set(days)) < 2: return refused('one day', split_by_day, times, share, seed)
-    train, test = split_by_day(times, share, seed)
-    assert sorted(train.tolist() + test.tolist()) == list(range(len(times)))
-    assert train.tolist() == sorted(train.tolist()) and test.tolist() == sorted(test.tolist())
-    assert len(train) and len(test) and not {days[i] for i in train} & {days[i] for i in test}
-    again = split_by_day(np.array(times, float), share, seed)
-    assert again[0].equal(train) and again[1].equal(test)
-    biggest = max(days.count(d) for d in days)
-    assert abs(len(test) - share*len(times)) <= biggest       # within one day of the share
-
-def test_a_night_stays_whole():
-    dusk = parse_time('20031223_180000')
-    times = torch.tensor([dusk + 86400*n + 3600*h for n in range(10) for h in range(12)], dtype=torch.float64)
-    train, test = split_by_day(times)
-    assert len(test) == 24 and len(train) == 96
-    for part in (train, test): assert len({i // 12 for i in part.tolist()})*12 == len(part)
-    assert len({tuple(split_by_day(times, seed=s)[1].tolist()) for s in range(20)}) > 5
-
-@pytest.mark.parametrize('words, times, options', [
-    ('test share', [0, 1e5], dict(test_share=0)), ('test share', [0, 1e5], dict(test_share=1)),
-    ('test share', [0, 1e5], dict(test_share=np.nan)), ('no times', None, {}), ('one day', [], {}),
-    ('image 1 is nan', [0, np.nan], {}), ('one day', [50_000, 60_000], {}),
-    ('float64', torch.tensor([0, 1e9]), {})])
-def test_wrong_days(words, times, options): refused(words, split_by_day, times, **options)
+def test_imagenet_both_parts(imagenet, cache):
+    both = imagenet_subset(imagenet, 'all', FOLDERS[1:], 32, cache)
+    train, val = (imagenet_subset(imagenet, s, FOLDERS[1:], 32, cache) for s in ('train', 'val'))
+    assert both.images.equal(torch.cat([train.images, val.images])) and both.classes == FOLDERS[1:]
+    assert both.labels.equal(torch.cat([train.labels, val.labels]))
+    assert both.paths == [f'train/{p}' for p in train.paths] + [f'val/{p}' for p in val.paths]
 
 def test_find_images_knows_imagenets_suffix(imagenet): assert len(find_images(imagenet)) == 15
+
+# -- one door for names --
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    "A cache of one's own, where data sets are looked for too."
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'xdg'))
+    return tmp_path/'xdg/scan_nb'
+
+@pytest.mark.parametrize('name', DATASETS)
+def test_names_are_one_whatever_their_case_and_hyphens(name):
+    plain = name.replace('-', '').replace('_', '')
+    forms = name, name.upper(), plain, name.replace('-', '_'), name.replace('_', '-').title()
+    assert {dataset_name(f) for f in forms} == {name}
+
+@pytest.mark.parametrize('source', ['', 'cifar', 'cifar-10 ', './digits', Path('digits'), None, 3,
+                                    np.zeros(3)], ids=repr)
+def test_what_is_no_name(source): assert dataset_name(source) is None
+
+def parts(source, names=('train', 'pretext', 'test', 'all'), **options):
+    return [open_images(source, part, **options) for part in names]
+
+def counts(source, **options): return [None if x is None else len(x) for x in parts(source, **options)]
+
+def test_opens_digits():
+    assert counts('digits') == [1500, 1500, 297, 1797]
+    train, pretext, test, whole = parts('Digits', size=8)
+    assert torch.cat([train.images, test.images]).equal(whole.images) and pretext.images.equal(train.images)
+    assert torch.cat([train.labels, test.labels]).equal(digits().labels)
+    assert len(open_images('digits')) == 1797
+
+def test_opens_fashion(root, no_mirror):
+    (root/'FashionMNIST/raw').mkdir(parents=True)
+    for name, raw in FAKE.items(): (root/'FashionMNIST/raw'/name).write_bytes(raw)
+    assert counts('fashion_mnist', place=dict(root=root)) == [20, 20, 10, 30]
+    assert counts('fashion-mnist', place=str(root)) == [20, 20, 10, 30]
+
+def test_opens_cifar(root, home, offline):
+    write_cifar10(root)
+    write_cifar100(root)
+    assert counts('cifar10', place=dict(root=str(root))) == [35, 35, 7, 42]
+    for name, n in (('CIFAR-20', 20), ('cifar_100', 100)):
+        assert counts(name, place=dict(root=root)) == [7, 7, 7, 14]
+        assert open_images(name, place=dict(root=root)).n_classes == n
+    write_cifar10(home)                                       # where a download would go
+    assert counts('cifar-10') == counts('cifar-10', place={}) == [35, 35, 7, 42] and not offline
+
+def test_opens_stl(root, home, cache):
+    write_stl(root)
+    place = dict(root=root, cache=cache)
+    assert counts('stl10', place=place) == [6, 11, 4, 10] and not home.exists()
+    train, pretext, test, whole = parts('STL-10', place=place)
+    assert (pretext.labels == -1).sum() == 5 and whole.labels.equal(torch.cat([train.labels, test.labels]))
+    assert whole.images.equal(torch.cat([train.images, test.images]))
+
+def test_opens_imagenet(imagenet, home, tmp_path):
+    (tmp_path/'two.txt').write_text('\n'.join(FOLDERS[:2]))
+    some = dict(root=imagenet, classes=tmp_path/'two.txt')
+    assert counts('imagenet', size=56, place=dict(root=imagenet)) == [9, 9, 6, 15]
+    for name in ('imagenet_50', 'ImageNet100', 'imagenet-200', 'imagenet_dogs'):
+        assert counts(name, size=56, place=some) == [6, 6, 4, 10], name
+    x = open_images('imagenet', 'test', size=56, place=dict(root=imagenet))
+    assert x.images.equal(imagenet_subset(imagenet, 'val', size=64).images) and x.classes == FOLDERS
+    assert open_images('imagenet', 'test', place=dict(root=imagenet)).images.shape[1:] == (3, 256, 256)
+
+def test_where_is_imagenet():
+    for place in (None, {}, dict(classes='x')):
+        refused('Where is ImageNet. Put `data: {imagenet_50: {root: FOLDER}}` into env.yml', open_images,
+                'imagenet50', place=place)
+    refused('Which classes has imagenet_50. Put `classes: FILE`', open_images, 'imagenet_50', place='x')
+    refused('above train and val', open_images, 'imagenet', place='nowhere')
+
+def test_opens_what_holds_images():
+    for source in (digits(), digits().images, digits().images.numpy()):
+        assert counts(source) == [1797, 1797, None, 1797] and counts(source, size=8)[0] == 1797
+        refused('8×8 pixels', open_images, source, size=9)
+        refused('have 1 channels', open_images, source, channels=3)
+    assert open_images(whole := digits(), 'train') is whole
+    refused('not as list', open_images, [1, 2])
+
+def test_opens_folders(four, home, table, cache):
+    for source in (four, str(four)):
+        assert counts(source) == [4, 4, None, 4]
+        assert open_images(source, size=7, channels=3).images.shape == (4, 3, 7, 7)
+    assert counts('mine', place=str(four)) == [4, 4, None, 4]
+    place = dict(root=four, labels=table('1,u\nb/2.png,w\ntop,v', 'labels.csv'), cache=cache,
+                 splits=table('path,split\na/1.png,train\na/2.png,test\nb/2.png,test\ntop.png,other\n'))
+    train, pretext, test, whole = parts('mine', place=place)
+    assert train.paths == pretext.paths == ['a/1.png'] and test.paths == ['a/2.png', 'b/2.png']
+    assert whole.paths == ['a/1.png', 'a/2.png', 'b/2.png'] and labels(whole) == ['u', None, 'w']
+    assert cache.exists() and place['root'] == four           # as it was
+    times = open_images('mine', place=dict(root=four, times=table('1,1\na/2.png,2\nb/2.png,3\ntop,4')))
+    assert times.times.tolist() == [1, 2, 3, 4]
+
+def test_a_bar_for_folders(four, cache, capfd):
+    open_images(four, place=dict(cache=cache), progress=True)
+    assert '4/4' in capfd.readouterr().err
+
+def test_a_name_comes_before_a_folder_and_a_path_is_a_folder(four, home, monkeypatch):
+    four.rename(four.parent/'digits')
+    monkeypatch.chdir(four.parent)
+    assert len(open_images('digits')) == 1797
+    assert len(open_images('./digits')) == len(open_images(Path('digits'))) == 4
+
+def test_opens_aurora(four, home, monkeypatch):
+    monkeypatch.setattr(datasets, 'synthetic_aurora', lambda **options: synthetic_aurora(500, **options))
+    train, pretext, test, whole = parts('aurora')
+    assert whole.images.shape == (500, 1, 32, 32) and len(test) == 100 and len(pretext) == len(train) == 400
+    days = [set(((x.times - 43200)//86400).tolist()) for x in (train, test)]
+    assert not days[0] & days[1]
+    assert open_images('Aurora', 'test', 16, 3).images.shape == (100, 3, 16, 16)
+    assert counts('aurora', place=dict(root=four, labels=None)) == [4, 4, None, 4]
+
+@pytest.mark.parametrize('source, near', [
+    ('cifr10', 'cifar-10'), ('fashion', 'fashion-mnist'), ('DIGIT', 'digits'),
+    ('imagenet_51', 'imagenet_50')])
+def test_unknown_names(source, near):
+    words = f"no folder '{source}' and no data set .*did you mean '{near}'.*{', '.join(DATASETS)}"
+    refused(words, open_images, source)
+    refused(words, open_images, source, 'test')
+
+def test_wrong_requests(four, tmp_path):
+    for part in ('val', None, ''): refused('The part is one of', open_images, 'digits', part)
+    refused('size must', open_images, 'digits', size=0)
+    refused('channels must', open_images, four, channels=2)
+    refused("no folder .*nowhere': check", open_images, tmp_path/'nowhere')
+    refused("no folder .*nowhere': check", open_images, 'mine', place=str(tmp_path/'nowhere'))
+    refused("'lables' is no setting of mine: give root, cache, labels, splits, times", open_images, 'mine',
+            place=dict(root=four, lables='y'))
+    (tmp_path/'x.txt').touch()
+    refused('is a file', open_images, str(tmp_path/'x.txt'))
