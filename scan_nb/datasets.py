@@ -17,8 +17,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 from torch import Tensor
+from . import data as lesson
 from .data import ImageSet, UserError, atomic_write, class_labels, closest, digits, find_images
-from .data import as_image_set as image_set_in_memory
 from .data import check_size, check_times, choose_shape, decode_files, name_images
 
 # %% ../nbs/00a_datasets.ipynb #49771951
@@ -302,7 +302,7 @@ def as_image_set(
 ) -> ImageSet:                        # an ImageSet comes back as it is
     "Whatever holds images as an `ImageSet`. Raises `UserError` when it does not hold images."
     if isinstance(source, (str, Path)): return image_folder(source, size, channels, cache, progress=progress)
-    return image_set_in_memory(source, size, channels)
+    return lesson.as_image_set(source, size, channels)
 
 # %% ../nbs/00a_datasets.ipynb #25b32395
 def damaged(

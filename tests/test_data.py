@@ -15,8 +15,10 @@ from sklearn.datasets import load_digits, load_sample_image
 
 from scan_nb import data
 from scan_nb.data import (
-    ImageSet, UserError, as_image_set, atomic_write, closest, decode_image, digits, find_images, image_folder,
-    image_grid, read_images, show_images, to_uint8)
+    ImageSet, UserError, atomic_write, closest, decode_image, digits, find_images, image_grid, read_images,
+    show_images, to_uint8)
+
+as_image_set, image_folder = data.as_image_set, data.image_folder   # the lesson's, not those of `datasets`
 
 matplotlib.use('agg')
 seeds = st.integers(0, 2**32 - 1)
