@@ -4,10 +4,12 @@ from functools import partial
 from pathlib import Path
 import pytest, torch
 import torch.distributed as dist
-from scan_nb import moco
+from scan_nb import distributed, moco, training
 from scan_nb.augment import SimCLRAugment
 from scan_nb.cli import main
 from scan_nb.data import UserError, digits
+from scan_nb.distributed import (JointBatchNorm, batches, check_shares, from_first, gather, joined,
+                                 own_numbers, place, processes, shares, update)
 from scan_nb.models import ClusteringModel, small_resnet
 from scan_nb.moco import MoCo, moco_step, shuffled_keys
 from scan_nb.neighbors import embed, embed_views
@@ -15,8 +17,7 @@ from scan_nb.recipes import PretextRecipe, ScanRecipe, SelfLabelRecipe, to_yaml
 from scan_nb.scan import Pairs, _scan_step, logits_of, train_heads
 from scan_nb.selflabel import EMA, _step
 from scan_nb.simclr import simclr_step, train_simclr
-from scan_nb.training import (Checkpoint, JointBatchNorm, batches, check_shares, from_first, gather, joined,
-                              make_generator, own_numbers, place, processes, seeded, shares, update)
+from scan_nb.training import Checkpoint, CosineSchedule, make_generator, seeded
 from torch import nn
 from torch.nn import functional as F
 
@@ -130,7 +131,7 @@ def fit(checkpoint=None, end=None, seed=0):
     assert kinds == [type(m) for m in model.modules()] and JointBatchNorm not in kinds
     return model.state_dict(), history
 
-def training(folder):
+def twice(folder):
     "Two runs of three epochs: one without a stop, the other stopped and continued from other weights."
     state, history = fit()
     saved = Checkpoint(folder/'run.pt')
@@ -160,7 +161,7 @@ def process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
     found = {name: make() for name, make in (STEPS | dict(heads=heads, features=features)).items()}
-    found |= dict(training=training(folder), odds=odds(rank))
+    found |= dict(training=twice(folder), odds=odds(rank))
     torch.save(found, folder/f'{rank}.pt')
     dist.barrier()
     dist.destroy_process_group()
@@ -244,6 +245,45 @@ def test_alone_nothing_changes():
     with joined(model): assert JointBatchNorm not in map(type, model.modules())
     with processes(torch.device('cpu')): assert not dist.is_initialized()
 
+def noisy(train, checkpoint=None, end=None):
+    "A short run that draws numbers in its steps and skips a batch now and then; it ends after `end` epochs."
+    with seeded(0): net = nn.Linear(64, 3)
+    g, optimizer = make_generator(1), torch.optim.Adam(net.parameters(), 1e-2)
+    def step(i):
+        if torch.rand((), generator=g) < .1: return None
+        x = IMAGES[i].flatten(1)/16 + torch.rand(len(i), 64, generator=g)
+        return dict(loss=F.cross_entropy(net(x), i % 3))
+    def monitor(epoch):
+        if epoch == end: raise Killed
+        return dict(bias=net.bias.mean())
+    history = train(step, 96, optimizer, epochs=4, batch_size=10, generator=g, modules=[net], monitor=monitor,
+                    schedule=CosineSchedule(optimizer, 4*9, 3), checkpoint=checkpoint)
+    return history, net.state_dict(), g.get_state()
+
+def test_alone_the_loop_is_the_lessons_to_the_bit(tmp_path):
+    expected = noisy(training.train)
+    assert sum(row.get('skipped', 0) for row in expected[0]) and same(noisy(distributed.train), expected)
+    for i, (first, then) in enumerate([(training, distributed), (distributed, training)]):
+        checkpoint = Checkpoint(tmp_path/f'{i}.pt')
+        with pytest.raises(Killed): noisy(first.train, checkpoint, end=3)
+        assert same(noisy(then.train, checkpoint), expected)
+
+@pytest.mark.parametrize('n,batch_size', [(20, 8), (5, 8), (1, 1), (8, 8)])
+def test_alone_batches_are_the_lessons(n, batch_size):
+    a, b = (f.batches(n, batch_size, make_generator(3)) for f in (training, distributed))
+    assert same(a, b)
+
+def test_alone_an_update_is_the_lessons():
+    def made(update):
+        p = nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.SGD([p], .1, momentum=.9)
+        values = [update(loss and dict(loss=loss(p)), optimizer) for loss in (torch.sum, None, torch.prod)]
+        return values, p.detach()
+    assert same(made(training.update), made(update))
+
+def test_the_lesson_knows_of_one_process_only():
+    assert 'distributed' not in Path(training.__file__).read_text()
+
 def test_more_processes_than_gpus(monkeypatch):
     for name, value in dict(WORLD_SIZE='4', LOCAL_RANK='2').items(): monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
@@ -265,7 +305,7 @@ def words(name, folder, *more):
             *more]
 
 def torchrun(name, folder, *more):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', '-m', f'scan_nb.{name}']
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', '-m', 'scan_nb', name]
     return subprocess.run([*command, *words(name, folder, *more)], cwd=REPO, capture_output=True, text=True,
                           env=os.environ | dict(OMP_NUM_THREADS='1'))
 

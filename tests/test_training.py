@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from scan_nb import training
 from scan_nb.data import UserError
 from scan_nb.models import small_resnet
-from scan_nb.training import (Checkpoint, CosineSchedule, StepSchedule, autocast, batches, check_plain,
-                              cosine_factor, make_generator, pick_device, seed_everything, seeded,
-                              steps_per_epoch, train, tune)
+from scan_nb.training import (Checkpoint, CosineSchedule, StepSchedule, autocast, check_plain, cosine_factor,
+                              make_generator, pick_device, seed_everything, seeded, steps_per_epoch, tune)
 
 REPO = Path(__file__).parents[1]
+batches, train = training.batches, training.train   # of one process; test_distributed.py compares the others
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
