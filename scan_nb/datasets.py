@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FASHION_CLASSES', 'DEBIAN_FASHION', 'AURORA', 'DATASETS', 'cache_dir', 'parse_time', 'image_folder', 'split_by_day',
            'as_image_set', 'fashion_mnist', 'cifar10', 'cifar100', 'cifar20', 'stl10', 'imagenet_subset',
-           'synthetic_aurora', 'dataset_name', 'open_images']
+           'synthetic_aurora', 'dataset_name', 'open_images', 'load_splits', 'fingerprint_images']
 
 # %% ../nbs/00a_datasets.ipynb #6451692c
 import codecs, csv, gzip, hashlib, json, math, os, pickle, re, zlib
@@ -806,3 +806,31 @@ def open_images(
     other = str(source).startswith('imagenet') and place.get('classes')   # a list of classes of one's own
     load = DATASETS[name] if name else partial(_open_imagenet if other else _open_folder, str(source))
     return load(part, size, channels, place, progress)
+
+# %% ../nbs/00a_datasets.ipynb #00aa0002
+def load_splits(
+    name: str,                      # of a data set, or a folder
+    test_name: str | None = None,   # of the held-out images, mostly the same; None: learn from all there is
+    size: int | None = None,        # see `open_images`
+    channels: int | None = None,    # 1 or 3, likewise
+    env: dict | None = None,        # its 'data' says where data sets are: name -> place, as for `open_images`
+    progress: bool = False,         # show a bar while files are decoded
+) -> dict[str, ImageSet]:           # 'all'; or 'train' and 'test', and perhaps 'pretext' for that task alone
+    "The images of a run. Raises `UserError` when they are not to be had."
+    places = (env or {}).get('data') or {}
+    known = {dataset_name(key) or key: place for key, place in places.items()}
+    def part(name, which): return open_images(name, which, size, channels, known.get(dataset_name(name) or name), progress)
+    if test_name is None: return {'all': part(name, 'all')}
+    images = {'train': part(name, 'train'), 'test': part(test_name, 'test')}
+    if images['test'] is None: return {'all': images['train']}
+    return images | ({'pretext': part(name, 'pretext')} if dataset_name(name) == 'stl-10' else {})
+
+# %% ../nbs/00a_datasets.ipynb #00aa0004
+def fingerprint_images(
+    data: ImageSet,  # any size; of more than 100,000 a thousand are looked at
+) -> dict:           # number, shape and hash of the images; labels and paths don't count
+    "Which images these are, so that results are not continued with others."
+    n, digest = len(data), hashlib.sha256()
+    some = data if n <= 100_000 else data[torch.linspace(0, n - 1, 1024).round().long()]
+    for rows in some.images.split(4096): digest.update(rows.cpu().contiguous().numpy())
+    return dict(images=n, shape=list(data.images.shape[1:]), sha256=digest.hexdigest()[:20])

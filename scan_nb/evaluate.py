@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Array', 'contingency', 'hungarian_match', 'match_accuracy', 'majority_match', 'adjusted_rand', 'mutual_info',
-           'cluster_metrics', 'random_accuracy', 'kmeans_baseline', 'confusion', 'label_free_metrics']
+           'cluster_metrics', 'random_accuracy', 'kmeans_baseline', 'confusion', 'label_free_metrics', 'top_k_accuracy',
+           'grade']
 
 # %% ../nbs/04_evaluate.ipynb #69d3b96c
 import numpy as np
@@ -233,3 +234,31 @@ def label_free_metrics(
     return dict(effective_clusters=float(torch.special.entr(p.mean(0)).sum().exp()),
                 mean_confidence=float(p.max(1).values.mean()),
                 sizes=torch.bincount(p.argmax(1), minlength=p.shape[1]).tolist())
+
+# %% ../nbs/04_evaluate.ipynb #5fb3e481
+def top_k_accuracy(
+    logits: Tensor,       # N×K
+    labels: Tensor,       # N int64, -1 = unknown, left out
+    match: Tensor,        # K int64: the class of each cluster, -1 = none, see `hungarian_match`
+    k: int = 5,           # guesses per image
+) -> float:               # 0…1
+    "How often the class is among those of the k most likely clusters that have one."
+    known, named = labels >= 0, match >= 0
+    guesses = match[named][logits[known][:, named].topk(min(k, int(named.sum()))).indices]
+    return (guesses == labels[known][:, None]).any(1).double().mean().item()
+
+# %% ../nbs/04_evaluate.ipynb #5fb3e482
+def grade(
+    clusters: Tensor,                 # N cluster numbers
+    labels: Tensor | None,            # N class numbers, -1 = unknown; None: none is known
+    probabilities: Tensor | None = None,  # N×K, for what needs no labels, and for the five best guesses
+) -> dict:                            # n_images, n_clusters, … acc, nmi, ari, … top5
+    "All scores of a clustering (SCAN, section 3); those that need labels only where there are some."
+    clusters, p = torch.as_tensor(clusters).cpu().long(), probabilities
+    scores = dict(n_images=len(clusters), n_clusters=len(clusters.unique()))
+    if p is not None: scores |= label_free_metrics(p)
+    if labels is None or not (labels >= 0).any(): return scores
+    scores |= cluster_metrics(clusters, labels := labels.cpu())
+    table = contingency(clusters, labels, *(() if p is None else p.shape[1:]))
+    if p is not None and min(table.shape) >= 5: scores['top5'] = top_k_accuracy(p, labels, hungarian_match(table))
+    return scores
