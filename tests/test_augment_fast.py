@@ -1,0 +1,121 @@
+"The compiled loops and the launches of a GPU give what the lesson gives, with the same draws."
+import subprocess
+import sys
+from dataclasses import fields
+import numba
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from scan_nb import augment as lesson, augment_fast as fast
+from scan_nb.augment import STRONG_OPS, to_float
+from test_augment import generator, images
+from torch.testing import assert_close
+
+KINDS = ['SimCLRAugment', 'WeakAugment', 'StrongAugment']
+each_kind = pytest.mark.parametrize('kind', KINDS)
+often = settings(max_examples=40, deadline=None)
+
+# ---- each operation
+
+@often
+@given(n=st.integers(1, 9), c=st.sampled_from([1, 3]), h=st.integers(1, 17), w=st.integers(1, 17),
+       size=st.integers(1, 20), turned=st.booleans(), bounded=st.booleans(), floats=st.booleans(),
+       seed=st.integers(0, 10**6))
+def test_pixels_are_sampled_as_in_the_lesson(n, c, h, w, size, turned, bounded, floats, seed):
+    g, x = generator(seed), images(n, c, h, w, seed)
+    boxes = lesson.random_boxes(x, (.3, 2.), generator=g)
+    angle = (torch.rand(n, generator=g) - .5)*300 if turned else None
+    matrix = lesson.crop_matrix(boxes, size, torch.rand(n, generator=g) < .5, angle)
+    bounds = lesson.edges(boxes) if bounded and not turned else None
+    x = to_float(x) if floats else x
+    views = lesson.warp(x, matrix, size, bounds)
+    loop, grid, ours = (f(x, matrix, size, bounds) for f in (fast.warp_loop, fast.warp_grid, fast.warp))
+    for other in (loop, grid): assert_close(other, views, atol=1e-4, rtol=0)
+    assert torch.equal(ours, loop)
+
+@often
+@given(n=st.integers(1, 40), c=st.sampled_from([1, 3]), h=st.integers(1, 17), w=st.integers(1, 17),
+       flat=st.booleans(), seed=st.integers(0, 10**6))
+def test_colors_change_as_in_the_lesson(n, c, h, w, flat, seed):
+    x = to_float(images(n, c, h, w, seed))
+    if flat: x[:] = x[:, :1, :1, :1]                     # gray, without any hue
+    p = lesson.SimCLRAugment(8, hue=.5, brightness=1.).draw(x, generator(seed))
+    settings_ = p['order'], p['factors'], p['shift'], p['hue_at']
+    views = lesson.color_jitter_(x.clone(), *settings_)
+    for jitter_ in (fast.jitter_loop_, fast.jitter_groups_, fast.color_jitter_):
+        ours = x.clone()
+        assert jitter_(ours, *settings_) is ours and 0 <= ours.min() and ours.max() <= 1
+        assert_close(ours, views, atol=2e-5, rtol=0)
+    ours, strided = fast.jitter_loop_(x.clone(), *settings_), x.clone(memory_format=torch.channels_last)
+    assert fast.jitter_loop_(strided, *settings_) is strided
+    assert_close(strided, ours, atol=0, rtol=0)
+
+@pytest.mark.parametrize('c', [1, 3])
+@pytest.mark.parametrize('number', range(15), ids=[*STRONG_OPS, 'mirror'])
+def test_each_strong_operation_is_that_of_the_lesson(number, c):
+    smooth = images(20, c, 3, 23).repeat_interleave(9, 2)
+    x = to_float(torch.cat([images(20, c, 27, 23), smooth]))
+    low, high = [*STRONG_OPS.values(), (None, (0, 0))][number][1]
+    ops, amounts = torch.full((40, 1), number), low + (high - low)*torch.rand(40, 1, generator=generator(1))
+    ours, views = (f(x.clone(), ops, amounts) for f in (fast.strong_loop, lesson.operate_))
+    assert ((ours - views).abs() > 1e-5).float().mean() < 1e-3
+    assert torch.equal(fast.operate_(x.clone(), ops, amounts), ours)
+    does_nothing = number == 0 or (c == 1 and [*STRONG_OPS, 'mirror'][number] == 'color')
+    assert (ours != x).any() != does_nothing
+
+# ---- the three classes
+
+@each_kind
+@pytest.mark.parametrize('c', [1, 3])
+def test_views_are_those_of_the_lesson(kind, c):
+    x, most = images(200, c, 24, 27), dict(rotation=20, blur_p=.5, erase=2, tint_p=.5, strip_p=.5, disc=True)
+    for switch in ({}, most) if kind == 'SimCLRAugment' else ({},):
+        there, here = (getattr(room, kind)(20, **switch) for room in (lesson, fast))
+        drawn, settings_ = there.draw(x, generator(3)), here.draw(x, generator(3))
+        assert drawn.keys() == settings_.keys()
+        for name, value in drawn.items(): assert torch.equal(value, settings_[name]), name
+        away = (there(x, generator(3)) - here(x, generator(3))).abs()
+        assert (away > 1e-3).float().mean() < 2e-3 and away.mean() < 1e-4
+
+@each_kind
+def test_classes_differ_in_their_operations_alone(kind):
+    there, here = (getattr(room, kind) for room in (lesson, fast))
+    assert issubclass(here, there) and here.__name__ == kind and fields(here) == fields(there)
+    assert repr(here(8)) == repr(there(8)) and not isinstance(there(8), here)
+    own = {name for name in vars(here) if name[0] != '_'}
+    assert own == {'warp', 'jitter', 'operate'} & {name for part in there.__mro__ for name in vars(part)}
+
+@each_kind
+def test_images_elsewhere_need_no_loop(kind, monkeypatch):
+    def refuse(*args): raise AssertionError('a loop')
+    monkeypatch.setattr(fast, 'in_threads', refuse)
+    x, augment = images(4, 3, 9, 9), getattr(fast, kind)(8)
+    views = augment(x.to('meta'), generator())
+    assert views.device.type == 'meta' and views.shape == (4, 3, 8, 8)
+    with pytest.raises(AssertionError, match='a loop'): augment(x, generator())
+
+# ---- the machinery
+
+def test_the_lesson_needs_no_numba():
+    code = "import sys, scan_nb.augment; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+def test_machine_code_needs_no_folder_to_write(monkeypatch):
+    njit = numba.njit
+    def refuse(cache=False, **kw):
+        if cache: raise RuntimeError('no locator available')
+        return njit(**kw)
+    monkeypatch.setattr(numba, 'njit', refuse)
+    assert fast.compiled(lambda x: x + 1)(2) == 3
+
+def test_every_number_is_in_one_range():
+    def note(own, seen): seen[own[0]:own[1]] += 1
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 5, 64):
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                seen = torch.zeros(n)
+                fast.in_threads(note, n, seen)
+                assert (seen == 1).all()
+    finally: torch.set_num_threads(threads)
