@@ -169,10 +169,3 @@ def load_moco_v2(
     faults = [f"{what} {', '.join(v[:3])}{' …' if len(v) > 3 else ''}"
               for what, v in (('lacks', missing), ('has besides', unknown)) if v]
     raise UserError(f"'{file}' is no ResNet-50 of MoCo v2 or torchvision: it {' and '.join(faults)}.")
-
-# %% ../nbs/07_moco.ipynb #77e55567
-#| eval: false
-if __name__ == '__main__':   # python -m scan_nb.moco
-    import sys
-    from scan_nb.cli import main
-    raise SystemExit(main(['moco', *sys.argv[1:]]))

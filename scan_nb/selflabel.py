@@ -138,10 +138,3 @@ def _run(model, images, neighbors, strong, weak, loss, ema_decay, seed, optimize
     options = dict(tolerance=.005, stop=True) | options
     return train_checked(model, step, images, neighbors, optimizer, result=ema and ema.model, health=health,
                          generator=g, **options)
-
-# %% ../nbs/10_selflabel.ipynb #3b8a7813
-#| eval: false
-if __name__ == '__main__':   # python -m scan_nb.selflabel
-    import sys
-    from scan_nb.cli import main
-    raise SystemExit(main(['selflabel', *sys.argv[1:]]))

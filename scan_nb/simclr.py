@@ -123,10 +123,3 @@ def digits_model(
     train_simclr(model, images, SimCLRAugment(8, **DIGITS_VIEWS), epochs=epochs, batch_size=256, lr=.1,
                  temperature=.5, seed=seed)
     return model.eval()
-
-# %% ../nbs/06_simclr.ipynb #ec7a4974
-#| eval: false
-if __name__ == '__main__':   # python -m scan_nb.simclr
-    import sys
-    from scan_nb.cli import main
-    raise SystemExit(main(['simclr', *sys.argv[1:]]))

@@ -1,14 +1,18 @@
-"Neighbors against float64 brute force, scikit-learn and faiss; purity and vote against loops; wrong input."
+"""Neighbors against float64 brute force, scikit-learn and faiss; purity and vote against loops; wrong input.
+
+What the lesson and its engine room both do is asked of both: `room` is one of the two modules."""
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from scan_nb import neighbors
+from scan_nb import neighbors, neighbors_fast
 from scan_nb.data import UserError, digits
 from scan_nb.models import ClusteringModel, ContrastiveModel, small_resnet
-from scan_nb.neighbors import (cosine_blocks, embed, embed_views, mine_neighbors, mutual_neighbors,
-                               neighbor_accuracy, unit_rows, weighted_knn, whiten)
+from scan_nb.neighbors import (cosine_blocks, embed, embed_views, mutual_neighbors, neighbor_accuracy,
+                               unit_rows, whiten)
 from torch import nn
+
+both = pytest.mark.parametrize('room', [neighbors, neighbors_fast], ids=['lesson', 'fast'])
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -39,20 +43,22 @@ def check(found, x, k, tolerance=1e-5):
 
 # ---- neighbors ---------------------------------------------------------------------------------------------
 
+@both
 @settings(deadline=None, max_examples=60)
 @given(n=st.integers(2, 40), d=st.integers(1, 8), share=st.floats(0, 1), seed=st.integers(0, 10**6),
        block=st.integers(1, 200))
-def test_mine_neighbors_is_the_brute_force(n, d, share, seed, block):
+def test_mine_neighbors_is_the_brute_force(room, n, d, share, seed, block):
     x, k = normal(n, d, seed=seed)*torch.rand(n, 1).exp(), 1+int(share*(n-2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbors, 'BLOCK', block)
-        check(mine_neighbors(x, k), x, k)
+        check(room.mine_neighbors(x, k), x, k)
 
-def test_agrees_with_scikit_learn_and_faiss():
+@both
+def test_agrees_with_scikit_learn_and_faiss(room):
     import faiss
     from sklearn.neighbors import NearestNeighbors
     x, k = normal(700, 24), 12
-    found = mine_neighbors(x, k)
+    found = room.mine_neighbors(x, k)
     search = NearestNeighbors(n_neighbors=k, metric='cosine').fit(x.double().numpy())
     theirs = search.kneighbors(return_distance=False)
     assert (found.numpy() == theirs).mean() > .9999
@@ -61,39 +67,44 @@ def test_agrees_with_scikit_learn_and_faiss():
     theirs = index.search(unit_rows(x).numpy(), k+1)[1]
     assert (theirs[:, 0] == np.arange(700)).all() and (found.numpy() == theirs[:, 1:]).mean() > .9999
 
+@both
 @pytest.mark.parametrize('block', [1, 50, 51, 149, 150, 2500, 10**9])
-def test_blocks_change_nothing(monkeypatch, block):
+def test_blocks_change_nothing(room, monkeypatch, block):
     x = normal(50, 6)
-    whole = mine_neighbors(x, 7)
+    whole = room.mine_neighbors(x, 7)
     monkeypatch.setattr(neighbors, 'BLOCK', block)
-    assert torch.equal(mine_neighbors(x, 7), whole)
+    assert torch.equal(room.mine_neighbors(x, 7), whole)
     parts = list(cosine_blocks(unit_rows(x), unit_rows(x), same=True))
     assert len(parts) == -(-50//max(1, block//50)) and max(p.numel() for p in parts) <= max(50, block)
     assert torch.cat(parts).diagonal().eq(-torch.inf).all() and torch.cat(parts).isinf().sum() == 50
 
-def test_every_other_image_can_be_asked_for():
+@both
+def test_every_other_image_can_be_asked_for(room):
     x = normal(9, 4)
-    check(mine_neighbors(x, 8), x, 8)
-    assert torch.equal(mine_neighbors(torch.tensor([[1., 0], [0, 1]]), 1), torch.tensor([[1], [0]]))
+    check(room.mine_neighbors(x, 8), x, 8)
+    assert torch.equal(room.mine_neighbors(torch.tensor([[1., 0], [0, 1]]), 1), torch.tensor([[1], [0]]))
 
-def test_a_duplicate_is_a_neighbor_the_image_itself_is_not():
+@both
+def test_a_duplicate_is_a_neighbor_the_image_itself_is_not(room):
     x = normal(30, 5).repeat(2, 1)
-    found = mine_neighbors(x, 3)
+    found = room.mine_neighbors(x, 3)
     assert torch.equal(found[:, 0], torch.arange(60).roll(30))
     check(found, x, 3)
-    check(mine_neighbors(torch.ones(25, 3), 24), torch.ones(25, 3), 24)
-    check(mine_neighbors(torch.ones(25, 3), 5), torch.ones(25, 3), 5)
+    check(room.mine_neighbors(torch.ones(25, 3), 24), torch.ones(25, 3), 24)
+    check(room.mine_neighbors(torch.ones(25, 3), 5), torch.ones(25, 3), 5)
 
-def test_zero_rows_have_neighbors_too():
+@both
+def test_zero_rows_have_neighbors_too(room):
     x = normal(20, 4)
     x[[0, 7, 19]] = 0
-    check(mine_neighbors(x, 6), x, 6)
-    check(mine_neighbors(torch.zeros(6, 4), 2), torch.zeros(6, 4), 2)
+    check(room.mine_neighbors(x, 6), x, 6)
+    check(room.mine_neighbors(torch.zeros(6, 4), 2), torch.zeros(6, 4), 2)
 
+@both
 @pytest.mark.parametrize('dtype, size', [
     (torch.float32, 1e30), (torch.float32, 1e-30), (torch.float32, 1e-42), (torch.float32, 1e38),
     (torch.float64, 1e300), (torch.float64, 1e-300)])
-def test_any_norm(dtype, size):
+def test_any_norm(room, dtype, size):
     x = normal(40, 6).double().clamp(-3, 3)
     scales = torch.logspace(0, 3, 40, dtype=torch.float64)[:, None] if size < 1e38 else 1
     scaled = (x*scales*size/(1000 if size > 1 else 1)).to(dtype)
@@ -101,137 +112,44 @@ def test_any_norm(dtype, size):
     rows = unit_rows(scaled)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(40))
     if size > 1e-40: torch.testing.assert_close(rows, unit_rows(x), rtol=1e-5, atol=1e-6)
-    check(mine_neighbors(scaled, 5), rows, 5)
+    check(room.mine_neighbors(scaled, 5), rows, 5)
 
+@both
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.uint8, torch.int64])
-def test_other_types(dtype):
+def test_other_types(room, dtype):
     x = (normal(30, 16)*40+100).clamp(0, 255).to(dtype)
-    check(mine_neighbors(x, 4), x.double(), 4)
-    assert torch.equal(mine_neighbors(x.float().numpy(), 4), mine_neighbors(x, 4))
+    check(room.mine_neighbors(x, 4), x.double(), 4)
+    assert torch.equal(room.mine_neighbors(x.float().numpy(), 4), room.mine_neighbors(x, 4))
 
-def test_nothing_is_changed_or_tracked():
+@both
+def test_nothing_is_changed_or_tracked(room):
     x = normal(30, 4).requires_grad_()
     before = x.detach().clone()
-    assert not mine_neighbors(x, 3).requires_grad and torch.equal(x, before)
+    assert not room.mine_neighbors(x, 3).requires_grad and torch.equal(x, before)
     unit = unit_rows(before).clone()
-    mine_neighbors(unit, 3)
+    room.mine_neighbors(unit, 3)
     assert torch.equal(unit, unit_rows(before))
 
-@pytest.mark.parametrize('index', ['exact', 'ivf', 'hnsw'])
+@both
 @pytest.mark.parametrize('n, k, most', [(20, 20, 19), (20, 0, 19), (20, -1, 19), (1, 1, 0), (5, 20, 4)])
-def test_impossible_numbers_of_neighbors(index, n, k, most):
+def test_impossible_numbers_of_neighbors(room, n, k, most):
     with pytest.raises(UserError, match=f'^{k} neighbors are asked for, but an image can have 1 to {most}'):
-        mine_neighbors(normal(n, 3), k, index)
+        room.mine_neighbors(normal(n, 3), k)
 
+@both
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
-def test_embeddings_must_be_finite(bad):
+def test_embeddings_must_be_finite(room, bad):
     x = normal(20, 3)
     x[4, 1] = bad
-    for call in (lambda: mine_neighbors(x, 3), lambda: weighted_knn(x, torch.zeros(20, dtype=torch.int64)),
-                 lambda: weighted_knn(normal(20, 3), torch.zeros(20, dtype=torch.int64), x)):
+    labels = torch.zeros(20, dtype=torch.int64)
+    for call in (lambda: room.mine_neighbors(x, 3), lambda: room.weighted_knn(x, labels),
+                 lambda: room.weighted_knn(normal(20, 3), labels, x)):
         with pytest.raises(UserError, match='must be finite'): call()
 
+@both
 @pytest.mark.parametrize('shape', [(20,), (20, 3, 2), (0, 3), (20, 0), ()])
-def test_embeddings_must_be_rows(shape):
-    with pytest.raises(UserError, match='must be N×D'): mine_neighbors(torch.zeros(shape), 3)
-
-# ---- the two shortcuts -------------------------------------------------------------------------------------
-
-@settings(deadline=None, max_examples=60)
-@given(b=st.integers(1, 6), n=st.integers(1, 400), share=st.floats(0, 1), levels=st.integers(1, 50),
-       seed=st.integers(0, 10**6))
-def test_the_largest_are_those_of_topk(b, n, share, levels, seed):
-    "Also with many ties, and with -∞."
-    x, k = (normal(b, n, seed=seed)*levels).round(), 1+int(share*(n-1))
-    x[:, ::7] = -torch.inf
-    values, columns = neighbors._largest(x, k)
-    assert torch.equal(values, x.topk(k).values) and torch.equal(x.gather(1, columns), values)
-    assert all(len(set(row)) == k for row in columns.tolist())
-
-def same(n, d, seed): return torch.ones(n, d)
-def copies(n, d, seed): return normal(5, d, seed=seed)[torch.arange(n) % 5]
-def near_copies(n, d, seed): return 1+1e-3*normal(n, d, seed=seed)
-def zeros(n, d, seed): return normal(n, d, seed=seed)*(torch.arange(n) % 3 > 0)[:, None]
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, None])
-@pytest.mark.parametrize('make', [lambda n, d, seed: normal(n, d, seed=seed), same, copies, near_copies,
-                                  zeros])
-@pytest.mark.parametrize('n, k', [(300, 7), (700, 20), (40, 39)])
-def test_coarse_cosines_change_nothing(monkeypatch, dtype, make, n, k):
-    monkeypatch.setattr(neighbors, '_coarse_type', lambda: dtype)
-    monkeypatch.setattr(neighbors, 'BLOCK', 64*n)
-    monkeypatch.setattr(neighbors, 'SIDE', 130)
-    x = make(n, 24, 1)
-    check(mine_neighbors(x, k), x, k, 1e-6)
-    assert torch.equal(mine_neighbors(x, k), mine_neighbors(x, k))
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_a_row_is_sure_only_when_it_is_right(dtype):
-    for seed, spread in ((0, 1.), (1, .1), (2, .01)):
-        x = unit_rows(1+spread*normal(600, 16, seed=seed))
-        found, sure = neighbors._coarse_neighbors(x, 5, dtype)
-        cosine = cosines(x)
-        ours = np.take_along_axis(cosine, found.numpy(), 1)
-        exact = -np.sort(-cosine, 1)[:, :5]
-        np.testing.assert_allclose(ours[sure], exact[sure], atol=3e-7, rtol=0)
-        if spread == 1.: assert sure.float().mean() > .5
-        if spread == .01: assert not sure.all()
-
-@settings(deadline=None, max_examples=30)
-@given(n=st.integers(2, 200), d=st.integers(1, 20), m=st.integers(1, 30), side=st.integers(1, 90),
-       threads=st.integers(1, 3), seed=st.integers(0, 10**6))
-def test_every_cosine_is_offered_to_both_images(n, d, m, side, threads, seed):
-    x, m, before = unit_rows(normal(n, d, seed=seed)), min(m, n-1), torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbors, 'SIDE', side)
-        torch.set_num_threads(threads)
-        try: values, places = neighbors._collect(x, m)
-        finally: torch.set_num_threads(before)
-    expected = (x @ x.T).fill_diagonal_(0).clamp_min(0).topk(m).values
-    torch.testing.assert_close(values.sort(1, descending=True).values, expected, atol=1e-6, rtol=0)
-    enough = values[:, 0] > 0
-    torch.testing.assert_close((x[:, None]*x[places])[enough].sum(2), values[enough], atol=1e-6, rtol=0)
-    assert all(len({i, *places[i].tolist()}) == m+1 for i in enough.nonzero().flatten().tolist())
-
-# ---- approximate -------------------------------------------------------------------------------------------
-
-def recall(found, exact): return (found[:, :, None] == exact[:, None]).any(1).float().mean().item()
-
-@pytest.mark.parametrize('index', ['ivf', 'hnsw'])
-@pytest.mark.parametrize('noise', [.7, 1.5])
-def test_recall_of_an_approximate_index(index, noise):
-    g = torch.Generator().manual_seed(0)
-    x = normal(40, 32)[torch.randint(40, (6000,), generator=g)]+noise*normal(6000, 32, seed=1)
-    exact, found = mine_neighbors(x, 20), mine_neighbors(x, 20, index)
-    assert found.shape == (6000, 20) and found.dtype == torch.int64 and found.min() >= 0
-    assert not (found == torch.arange(6000)[:, None]).any()
-    assert all(len(set(row)) == 20 for row in found[::50].tolist())
-    assert recall(found, exact) > .9
-    unit = unit_rows(x)
-    similar = (unit[:, None]*unit[found]).sum(2)
-    assert (similar.diff(dim=1) < 1e-5).all()                                  # nearest first
-
-@pytest.mark.parametrize('index', ['ivf', 'hnsw'])
-@pytest.mark.parametrize('n', [2, 3, 30, 79])
-def test_an_approximate_index_of_few_images_is_exact(index, n):
-    x = normal(n, 8)
-    check(mine_neighbors(x, min(5, n-1), index), x, min(5, n-1))
-
-@pytest.mark.parametrize('index', ['ivf', 'hnsw'])
-def test_an_approximate_index_never_gives_the_image_itself(index):
-    found = mine_neighbors(normal(20, 4).repeat(6, 1), 5, index)
-    assert not (found == torch.arange(120)[:, None]).any()
-
-def test_the_image_itself_is_dropped_wherever_it_stands():
-    found = torch.tensor([[0, 1, 2], [2, 0, 3], [3, 1, 2]])
-    assert neighbors._drop_itself(found).tolist() == [[1, 2], [2, 0], [3, 1]]
-    with pytest.raises(UserError, match='fewer than 2 neighbors: use exact'):
-        neighbors._drop_itself(torch.tensor([[0, 1, -1], [1, 0, 2]]))
-
-@pytest.mark.parametrize('index', ['flat', 'IVF', '', None])
-def test_unknown_index(index):
-    with pytest.raises(UserError, match="must be 'exact', 'ivf' or 'hnsw'"):
-        mine_neighbors(normal(20, 3), 3, index)
+def test_embeddings_must_be_rows(room, shape):
+    with pytest.raises(UserError, match='must be N×D'): room.mine_neighbors(torch.zeros(shape), 3)
 
 # ---- purity ------------------------------------------------------------------------------------------------
 
@@ -266,44 +184,50 @@ def check_vote(found, expected):
     best = np.take_along_axis(expected, found.numpy()[:, None], 1)[:, 0]
     np.testing.assert_allclose(best, expected.max(1), rtol=1e-3)
 
+@both
 @settings(deadline=None, max_examples=40)
 @given(n=st.integers(3, 30), m=st.integers(1, 9), c=st.integers(1, 5), k=st.integers(1, 8),
        seed=st.integers(0, 10**6), temperature=st.floats(.05, 5), block=st.integers(1, 200))
-def test_vote_is_the_loop(n, m, c, k, seed, temperature, block):
+def test_vote_is_the_loop(room, n, m, c, k, seed, temperature, block):
     x, y, k = normal(n, 4, seed=seed), normal(m, 4, seed=seed+1), min(k, n-1)
     labels = torch.randint(c, (n,), generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbors, 'BLOCK', block)
-        by_others = weighted_knn(x, labels, k=k, temperature=temperature)
-        new = weighted_knn(x, labels, y, k, temperature)
+        by_others = room.weighted_knn(x, labels, k=k, temperature=temperature)
+        new = room.weighted_knn(x, labels, y, k, temperature)
     assert by_others.shape == (n,) and new.shape == (m,) and new.dtype == torch.int64
     check_vote(by_others, votes(cosines(x), labels.numpy(), k, temperature))
     check_vote(new, votes(cosines(y, x), labels.numpy(), k, temperature))
 
-def test_vote_agrees_with_scikit_learn():
+@both
+def test_vote_agrees_with_scikit_learn(room):
     from sklearn.neighbors import KNeighborsClassifier
     data = digits()
     x, y = unit_rows(data.images.flatten(1)), data.labels
     model = KNeighborsClassifier(20, metric='cosine', algorithm='brute', weights=lambda d: np.exp(-d/.07))
     model.fit(x[:1000], y[:1000])
-    ours = weighted_knn(x[:1000], y[:1000], x[1000:])
+    ours = room.weighted_knn(x[:1000], y[:1000], x[1000:])
     assert (ours.numpy() == model.predict(x[1000:].numpy())).mean() > .998
     assert (ours == y[1000:]).double().mean() > .95
 
-def test_leave_one_out_leaves_one_out():
+@both
+def test_leave_one_out_leaves_one_out(room):
     x, labels = normal(25, 4), torch.arange(25) % 3
     for i in (0, 11, 24):
         others = torch.arange(25) != i
-        assert weighted_knn(x, labels, k=6)[i] == weighted_knn(x[others], labels[others], x[i:i+1], k=6)[0]
-    assert torch.equal(weighted_knn(x, torch.arange(25), x, k=1), torch.arange(25))    # as new: itself
-    assert not (weighted_knn(x, torch.arange(25), k=1) == torch.arange(25)).any()
+        alone = room.weighted_knn(x[others], labels[others], x[i:i+1], k=6)[0]
+        assert room.weighted_knn(x, labels, k=6)[i] == alone
+    assert torch.equal(room.weighted_knn(x, torch.arange(25), x, k=1), torch.arange(25))    # as new: itself
+    assert not (room.weighted_knn(x, torch.arange(25), k=1) == torch.arange(25)).any()
 
-def test_temperature_goes_from_the_nearest_to_the_majority():
+@both
+def test_temperature_goes_from_the_nearest_to_the_majority(room):
     x = torch.tensor([[1., 0], [.99, .1], [.9, .4], [.9, .41], [.9, .42]])
     labels = torch.tensor([0, 0, 1, 1, 1])
-    assert weighted_knn(x, labels, x[:1], k=5, temperature=1e-4) == 0
-    assert weighted_knn(x, labels, x[:1], k=5, temperature=100.) == 1
+    assert room.weighted_knn(x, labels, x[:1], k=5, temperature=1e-4) == 0
+    assert room.weighted_knn(x, labels, x[:1], k=5, temperature=100.) == 1
 
+@both
 @pytest.mark.parametrize('change, message', [
     (dict(k=20), '20 neighbors are asked for, but an image can have 1 to 19'), (dict(k=0), '0 neighbors'),
     (dict(k=21, embeddings=normal(4, 3)), '21 neighbors are asked for, but an image can have 1 to 20'),
@@ -311,9 +235,9 @@ def test_temperature_goes_from_the_nearest_to_the_majority():
     (dict(train_labels=torch.zeros(19)), '20 embeddings need 20 labels'),
     (dict(train_labels=torch.full((20,), -1)), 'needs a label from 0 up'),
     (dict(embeddings=normal(4, 5)), 'of 5 and 3 numbers: they must be of one model')])
-def test_impossible_votes(change, message):
+def test_impossible_votes(room, change, message):
     arguments = dict(train_embeddings=normal(20, 3), train_labels=torch.zeros(20, dtype=torch.int64), k=5)
-    with pytest.raises(UserError, match=message): weighted_knn(**{**arguments, **change})
+    with pytest.raises(UserError, match=message): room.weighted_knn(**{**arguments, **change})
 
 # ---- embed -------------------------------------------------------------------------------------------------
 
@@ -349,14 +273,15 @@ def test_embed_memory_mapped_images(tmp_path):
 def test_embed_nothing():
     with pytest.raises(UserError, match='no image'): embed(contrastive(), IMAGES[:0])
 
+@both
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
-def test_on_cuda():
+def test_on_cuda(room):
     x = normal(500, 16)
-    found = mine_neighbors(x.cuda(), 7)
+    found = room.mine_neighbors(x.cuda(), 7)
     assert found.device.type == 'cuda'
     check(found.cpu(), x, 7)
     labels = torch.arange(500) % 4
-    assert (weighted_knn(x.cuda(), labels) == weighted_knn(x, labels)).float().mean() > .99
+    assert (room.weighted_knn(x.cuda(), labels) == room.weighted_knn(x, labels)).float().mean() > .99
     assert 0 <= neighbor_accuracy(found, labels) <= 1
     features = embed(contrastive().cuda(), IMAGES)
     assert features.device.type == 'cpu' and features.dtype == torch.float32
@@ -366,7 +291,7 @@ def test_on_cuda():
 @settings(deadline=None, max_examples=60)
 @given(n=st.integers(2, 25), share=st.floats(0, 1), seed=st.integers(0, 10**6))
 def test_mutual_is_the_loop(n, share, seed):
-    near = mine_neighbors(normal(n, 3, seed=seed), 1+int(share*(n-2)))
+    near = neighbors.mine_neighbors(normal(n, 3, seed=seed), 1+int(share*(n-2)))
     k, found = near.shape[1], mutual_neighbors(near)
     assert found.shape == near.shape and found.dtype == torch.int64
     for i, row in enumerate(near.tolist()):
@@ -374,7 +299,7 @@ def test_mutual_is_the_loop(n, share, seed):
         assert found[i].tolist() == (own*k)[:k]
 
 def test_mutual_of_everybody_changes_nothing():
-    near = mine_neighbors(normal(12, 3), 11)
+    near = neighbors.mine_neighbors(normal(12, 3), 11)
     assert torch.equal(mutual_neighbors(near), near)
     assert torch.equal(mutual_neighbors(mutual_neighbors(near)), near)
 
@@ -413,46 +338,49 @@ def test_a_wrong_power_of_whitening_is_named(power):
 
 # ---- near copies in time -----------------------------------------------------------------------------------
 
+@both
 @settings(deadline=None, max_examples=60)
 @given(n=st.integers(3, 30), span=st.integers(1, 40), window=st.integers(0, 12), seed=st.integers(0, 10**6),
        block=st.integers(1, 200))
-def test_the_window_is_the_brute_force(n, span, window, seed, block):
+def test_the_window_is_the_brute_force(room, n, span, window, seed, block):
     x = normal(n, 4, seed=seed)
     times = torch.randint(span, (n,), generator=torch.Generator().manual_seed(seed))
     near = (times[:, None]-times).abs() <= window
     k = int((~near).sum(1).min())
     if k == 0:
         with pytest.raises(UserError, match='1 neighbors are asked for, but image'):
-            mine_neighbors(x, 1, times=times, window=window)
+            room.mine_neighbors(x, 1, times=times, window=window)
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbors, 'BLOCK', block)
-        found = mine_neighbors(x, k, times=times, window=float(window))
+        found = room.mine_neighbors(x, k, times=times, window=float(window))
     cosine = np.where(near.numpy(), -3, cosines(x))
     assert found.shape == (n, k) and not near.gather(1, found).any()
     ours = np.take_along_axis(cosine, found.numpy(), 1)
     np.testing.assert_allclose(ours, -np.sort(-cosine, 1)[:, :k], atol=1e-5)
 
-def test_seconds_since_1970_keep_their_tenths():
+@both
+def test_seconds_since_1970_keep_their_tenths(room):
     x, times = torch.ones(4, 2), 1.7e9 + torch.tensor([0., .1, .3, .4], dtype=torch.float64)
-    assert mine_neighbors(x, 1, times=times, window=.15).flatten().tolist()[0] in (2, 3)
-    assert mine_neighbors(x, 2, times=times.numpy(), window=.15)[0].sort().values.tolist() == [2, 3]
+    assert room.mine_neighbors(x, 1, times=times, window=.15).flatten().tolist()[0] in (2, 3)
+    assert room.mine_neighbors(x, 2, times=times.numpy(), window=.15)[0].sort().values.tolist() == [2, 3]
 
-def test_a_window_of_nothing_parts_images_of_the_same_second():
+@both
+def test_a_window_of_nothing_parts_images_of_the_same_second(room):
     x = normal(10, 4)
-    assert torch.equal(mine_neighbors(x, 3, times=torch.arange(10), window=0), mine_neighbors(x, 3))
+    assert torch.equal(room.mine_neighbors(x, 3, times=torch.arange(10), window=0), room.mine_neighbors(x, 3))
     times = torch.arange(10)//2
-    assert (times[mine_neighbors(x, 8, times=times)] != times[:, None]).all()
+    assert (times[room.mine_neighbors(x, 8, times=times)] != times[:, None]).all()
 
+@both
 @pytest.mark.parametrize('change, message', [
     (dict(times=None), 'A window of 2 s needs `times`'), (dict(times=torch.arange(19)), '20 finite numbers'),
     (dict(times=torch.full((20,), torch.nan)), '20 finite numbers'),
-    (dict(index='ivf'), "need the index 'exact'"),
     (dict(window=-1.), 'must be at least 0'), (dict(window=float('nan')), 'must be at least 0'),
     (dict(k=18), '18 neighbors are asked for, but image 2 has only 15 others more than 2 s away')])
-def test_impossible_windows(change, message):
+def test_impossible_windows(room, change, message):
     arguments = dict(embeddings=normal(20, 3), k=5, times=torch.arange(20), window=2.)
-    with pytest.raises(UserError, match=message): mine_neighbors(**{**arguments, **change})
+    with pytest.raises(UserError, match=message): room.mine_neighbors(**{**arguments, **change})
 
 # ---- views -------------------------------------------------------------------------------------------------
 

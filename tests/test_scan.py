@@ -9,7 +9,8 @@ from scan_nb.augment import SimCLRAugment
 from scan_nb.data import UserError, digits
 from scan_nb.evaluate import cluster_metrics
 from scan_nb.models import ClusterHeads, ClusteringModel, small_resnet
-from scan_nb.neighbors import embed, mine_neighbors
+from scan_nb.neighbors import embed
+from scan_nb.neighbors_fast import mine_neighbors
 from scan_nb.scan import (
     choose_head,
     clustering_health,
