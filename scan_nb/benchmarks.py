@@ -22,16 +22,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from .augment import STRONG_OPS, SimCLRAugment, StrongAugment, to_float
-from .data import UserError, atomic_write, image_folder
+from .augment import STRONG_OPS, to_float
+from .augment_fast import SimCLRAugment, StrongAugment
+from .data import UserError, atomic_write
+from .datasets import image_folder
 from .evaluate import cluster_metrics
 from .models import ContrastiveModel, resnet18_cifar, small_resnet
-from .neighbors import mine_neighbors, unit_rows
+from .neighbors_fast import mine_neighbors
+from .neighbors import unit_rows
 from .pipeline import SCAN
-from .recipes import closest
+from .data import closest
 from .scan import train_heads, validate_scan
 from .simclr import simclr_step, take
-from .training import batches, make_generator, seeded, update
+from .distributed import batches, update
+from .training import make_generator, seeded
 
 # %% ../nbs/benchmarks.ipynb #75ffc3f1
 def photo_tiles(

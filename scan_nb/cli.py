@@ -189,7 +189,7 @@ def _eval_file(
     from scan_nb.data import UserError
     from scan_nb.evaluate import grade
     from scan_nb.models import read_weights
-    from scan_nb.neighbors import score_neighbors
+    from scan_nb.neighbors_fast import score_neighbors
     from scan_nb.report import draw_confusion, draw_prototypes
     from scan_nb.run_folder import Outcome, stage_folder
     from scan_nb.scan import logits_of

@@ -16,8 +16,8 @@ from .augment import Normalize
 from .data import UserError
 from .models import ContrastiveModel, feature_dim, read_weights, resnet50
 from .simclr import channels_last, send, take
-from .training import (CosineSchedule, autocast, from_first, gather, make_generator, place, seeded,
-                              steps_per_epoch, train)
+from .training import CosineSchedule, autocast, make_generator, seeded, steps_per_epoch
+from .distributed import from_first, gather, place, train
 
 # %% ../nbs/07_moco.ipynb #c77dd502
 def info_nce(

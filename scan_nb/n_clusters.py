@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .data import UserError
-from .neighbors import mine_neighbors, unit_rows
+from .neighbors_fast import mine_neighbors
+from .neighbors import unit_rows
 from .scan import TrainedHeads, check_neighbors, train_heads, validate_scan
 from .training import make_generator, steps_per_epoch
 if TYPE_CHECKING:

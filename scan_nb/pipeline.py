@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from .augment import center_crop
 from .data import ImageSet, UserError
 from .datasets import as_image_set
 from .distributed import place
 from .evaluate import grade
 from .models import ClusteringModel
-from .neighbors import embed
+from .neighbors import center_crop, embed
 from .recipe_files import find_recipe, to_yaml
 from .recipes import PRESETS, Recipe
 from .report import summarize, write_report

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from .augment import center_crop
 from .data import ImageSet, UserError, show_images
-from .distributed import Checkpoint, from_first, place
+from .distributed import place
 from .evaluate import confusion, contingency, grade, hungarian_match, kmeans_baseline, majority_match
-from .neighbors import embed
+from .neighbors import center_crop, embed
 from .run_folder import Outcome, writing
 from .scan import logits_of
+from .training import Checkpoint
 from .visualize import (cluster_color, embed_2d, pick_examples, plot_confusion, plot_embedding,
                                plot_history, prototypes, set_style)
 

@@ -20,12 +20,12 @@ from . import __version__
 from .augment import Normalize
 from .data import ImageSet, UserError, atomic_write
 from .datasets import fingerprint_images
-from .distributed import Checkpoint, place
+from .distributed import place
 from .models import (ClusteringModel, ContrastiveModel, SideBySide, load_weights, make_backbone,
                             official_state, read_weights)
 from .recipe_files import load_stages, to_yaml
 from .recipes import PARTS, SHARED, STAGES, PretextRecipe, StageRecipe, list_differences
-from .training import seeded, tune
+from .training import Checkpoint, seeded, tune
 
 # %% ../nbs/11b_run_folder.ipynb #11b00007
 def make_normalize(

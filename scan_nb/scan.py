@@ -16,10 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from .augment import compiled, in_threads
+from .augment_fast import compiled, in_threads
 from .data import UserError
 from .models import ClusteringModel, ClusterHeads
-from .training import CosineSchedule, autocast, gather, make_generator, seeded, steps_per_epoch, train
+from .training import CosineSchedule, autocast, make_generator, seeded, steps_per_epoch
+from .distributed import gather, train
 from .simclr import take
 from .neighbors import embed, run_over, unit_rows
 from .neighbors_fast import mine_neighbors

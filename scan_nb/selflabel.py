@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .data import UserError
 from .models import ClusteringModel, evaluating
-from .training import CosineSchedule, autocast, gather, make_generator
+from .training import CosineSchedule, autocast, make_generator
+from .distributed import gather
 from .simclr import take
 from .neighbors import embed
 from .scan import StageResult, check_neighbors, clustering_health, find_prior, logits_of

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .augment import Normalize, SimCLRAugment
+from .augment import Normalize
+from .augment_fast import SimCLRAugment
 from .data import UserError, digits
 from .models import ContrastiveModel, small_resnet
-from .training import (CosineSchedule, autocast, gather, make_generator, place, seeded,
-                              steps_per_epoch, train)
+from .training import CosineSchedule, autocast, make_generator, seeded, steps_per_epoch
+from .distributed import gather, place, train
 
 # %% ../nbs/06_simclr.ipynb #08af0a4b
 def nt_xent(

@@ -9,21 +9,19 @@ __all__ = ['LABELS', 'check_enough', 'StepCheckpoint', 'some_labeled', 'format_s
 
 # %% ../nbs/12_stages.ipynb #12000004
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .augment import Normalize, center_crop
+from .augment import Normalize
 from .data import ImageSet, UserError
-from .distributed import Checkpoint, check_shares, from_first, place
+from .distributed import check_shares, from_first, place
 from .evaluate import cluster_metrics, grade
 from .models import ClusteringModel, ContrastiveModel, SideBySide, load_weights, select_head
 from .moco import load_moco_v2, train_moco
-from .neighbors import embed, mutual_neighbors, score_neighbors, whiten
-from .neighbors_fast import weighted_knn
-from .neighbors_fast import mine_neighbors
+from .neighbors import center_crop, embed, mutual_neighbors, whiten
+from .neighbors_fast import mine_neighbors, score_neighbors, weighted_knn
 from .recipes import (PretextRecipe, Recipe, ScanRecipe, SelfLabelRecipe, StageRecipe, make_optimizer,
                              make_schedule, make_views)
 from .run_folder import (Outcome, make_model, make_normalize, open_folder, stage_folder, write_history)
@@ -31,7 +29,7 @@ from .scan import (check_neighbors, clustering_health, diagnose, find_prior, log
                           train_scan)
 from .selflabel import train_selflabel
 from .simclr import train_simclr
-from .training import make_generator, seeded, tune
+from .training import Checkpoint, make_generator, seeded, tune
 
 # %% ../nbs/12_stages.ipynb #1200000b
 def check_enough(

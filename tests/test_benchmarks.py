@@ -13,7 +13,7 @@ from scan_nb.benchmarks import (
     CASES, Case, check, compare_neighbors, count_work, explain, format_result, interleave, plot_checks,
     plot_growth, prepare_ways, ratio, row, run_apart, run_benchmarks, run_python, say_check, limits, threads)
 from scan_nb.cli import main
-from scan_nb.neighbors import mine_neighbors
+from scan_nb.neighbors_fast import mine_neighbors
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

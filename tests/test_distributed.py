@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, torch
 import torch.distributed as dist
 from scan_nb import distributed, moco, training
-from scan_nb.augment import SimCLRAugment
+from scan_nb.augment_fast import SimCLRAugment
 from scan_nb.cli import main
 from scan_nb.data import UserError, digits
 from scan_nb.distributed import (JointBatchNorm, batches, check_shares, from_first, gather, joined,

@@ -11,11 +11,13 @@ from run_notebooks import NBS, directives
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from scan_nb.augment import Normalize, SimCLRAugment, to_float
+from scan_nb.augment import Normalize, to_float
+from scan_nb.augment_fast import SimCLRAugment
 from scan_nb.data import UserError, digits
 from scan_nb.evaluate import cluster_metrics, kmeans_baseline
 from scan_nb.models import ClusteringModel, feature_dim, small_resnet
-from scan_nb.neighbors import embed, embed_views, mine_neighbors
+from scan_nb.neighbors import embed, embed_views
+from scan_nb.neighbors_fast import mine_neighbors
 from scan_nb.scan import train_heads
 from scan_nb.training import make_generator
 

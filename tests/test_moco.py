@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings, strategies as st
-from scan_nb.augment import SimCLRAugment
+from scan_nb.augment_fast import SimCLRAugment
 from scan_nb.data import UserError, digits
 from scan_nb.models import ContrastiveModel, resnet50, small_resnet
 from scan_nb.moco import (MoCo, follow, info_nce, load_moco_v2, moco_step, moco_v2_names,
                           shuffled_keys, train_moco)
-from scan_nb.training import Checkpoint, CosineSchedule, gather, make_generator, place, seeded
+from scan_nb.training import Checkpoint, CosineSchedule, make_generator, seeded
+from scan_nb.distributed import gather, place
 from torch import nn
 from torch.nn import functional as F
 

@@ -21,7 +21,7 @@ from scan_nb.n_clusters import (
     vote,
     weigh_clusters,
 )
-from scan_nb.neighbors import mine_neighbors
+from scan_nb.neighbors_fast import mine_neighbors
 from scan_nb.training import make_generator
 
 

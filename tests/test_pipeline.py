@@ -8,7 +8,7 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 from PIL import Image
 from sklearn.base import clone
 from scan_nb import pipeline
-from scan_nb.augment import SimCLRAugment
+from scan_nb.augment_fast import SimCLRAugment
 from scan_nb.data import ImageSet, UserError, digits
 from scan_nb.evaluate import cluster_metrics, kmeans_baseline
 from scan_nb.pipeline import (EPOCHS, PRESETS, SCAN, auto_epochs, list_differences, make_views, open_run,

@@ -6,11 +6,13 @@ import copy
 from contextlib import contextmanager
 import pytest, torch
 from scan_nb import neighbors as mining
-from scan_nb.augment import Normalize, SimCLRAugment, StrongAugment, WeakAugment
+from scan_nb.augment import Normalize
+from scan_nb.augment_fast import SimCLRAugment, StrongAugment, WeakAugment
 from scan_nb.models import (ClusteringModel, ContrastiveModel, resnet18_cifar, resnet18_stl, resnet50,
                             small_resnet)
 from scan_nb.moco import MoCo, moco_step, shuffled_keys
-from scan_nb.neighbors import embed, embed_views, mine_neighbors, mutual_neighbors, unit_rows
+from scan_nb.neighbors import embed, embed_views, mutual_neighbors, unit_rows
+from scan_nb.neighbors_fast import mine_neighbors
 from scan_nb.scan import (Pairs, _heads_step, _picker, _scan_step, head_agreement, logits_of, mean_entropy,
                           scan_loss, validate_scan)
 from scan_nb.selflabel import EMA, _step, confident_cross_entropy

@@ -13,7 +13,7 @@ import torch
 import yaml
 from hypothesis import given, settings, strategies as st
 from run_notebooks import ROOT
-from scan_nb.augment import SimCLRAugment, StrongAugment, WeakAugment
+from scan_nb.augment_fast import SimCLRAugment, StrongAugment, WeakAugment
 from scan_nb.data import UserError
 from scan_nb.recipes import (PAPER, PretextRecipe, ScanRecipe, SelfLabelRecipe, find_config, known_keys,
                              load_env, load_recipe, make_optimizer, make_schedule, make_views, to_yaml)

@@ -4,10 +4,11 @@ import copy
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from scan_nb.augment import SimCLRAugment
+from scan_nb.augment_fast import SimCLRAugment
 from scan_nb.data import UserError, digits
 from scan_nb.models import ClusteringModel, small_resnet
-from scan_nb.neighbors import embed, mine_neighbors
+from scan_nb.neighbors import embed
+from scan_nb.neighbors_fast import mine_neighbors
 from scan_nb.scan import logits_of, train_heads
 from scan_nb.selflabel import EMA, confident_cross_entropy, train_selflabel
 from scan_nb.training import Checkpoint, CosineSchedule, make_generator

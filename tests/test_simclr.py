@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from scan_nb.augment import SimCLRAugment
+from scan_nb.augment_fast import SimCLRAugment
 from scan_nb.data import UserError, digits
 from scan_nb.models import ContrastiveModel, small_resnet
 from scan_nb.simclr import channels_last, nt_xent, send, simclr_step, take, train_simclr
-from scan_nb.training import (Checkpoint, CosineSchedule, StepSchedule, batches, cosine_factor,
-                              make_generator, seeded)
+from scan_nb.training import Checkpoint, CosineSchedule, StepSchedule, cosine_factor, make_generator, seeded
+from scan_nb.distributed import batches
 from torch import nn
 from torch.nn import functional as F
 
