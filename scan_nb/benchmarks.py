@@ -24,17 +24,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from .augment import STRONG_OPS, to_float
 from .augment_fast import SimCLRAugment, StrongAugment
-from .data import UserError, atomic_write
+from .data import UserError, atomic_write, closest
 from .datasets import image_folder
+from .distributed import batches, update
 from .evaluate import cluster_metrics
 from .models import ContrastiveModel, resnet18_cifar, small_resnet
-from .neighbors_fast import mine_neighbors
 from .neighbors import unit_rows
+from .neighbors_fast import mine_neighbors
 from .pipeline import SCAN
-from .data import closest
+from .recipes import FOLDER
 from .scan import train_heads, validate_scan
 from .simclr import simclr_step, take
-from .distributed import batches, update
 from .training import make_generator, seeded
 
 # %% ../nbs/benchmarks.ipynb #75ffc3f1
@@ -768,8 +768,10 @@ def run_imports(
     return dict(rows=[row(*item) for item in seconds.items()], checks=checks, count=count, threads=cores())
 
 # %% ../nbs/benchmarks.ipynb #468bf1b0
-TINY = dict(n_clusters=10, widths=(8, 16, 32), stem_stride=2, n_neighbors=10, n_heads=8, device='cpu',
-            heads_epochs=1, pretext_epochs=1, scan_epochs=1, selflabel_epochs=1, threshold=.1)
+TINY = FOLDER.change({
+    'n_clusters': 10, 'backbone_options': dict(widths=(8, 16, 32), stem_stride=2), 'pretext.n_neighbors': 10,
+    'scan.tried_heads': 8, 'scan.heads_epochs': 1, 'pretext.epochs': 1, 'scan.epochs': 1,
+    'selflabel.epochs': 1, 'selflabel.threshold': .1})
 
 # %% ../nbs/benchmarks.ipynb #99092f92
 def _growth_apart(
@@ -779,15 +781,15 @@ def _growth_apart(
     "A whole run in a process of its own, and its mining alone, exact and approximate."
     torch.set_num_threads(cores())
     images = photo_tiles(n, size)
-    SCAN(**TINY).fit(images[:100])
+    SCAN(recipe=TINY, device='cpu').fit(images[:100])
     before, start = peak_memory(anew=True), time.perf_counter()
-    scan = SCAN(**TINY).fit(images)
+    scan = SCAN(recipe=TINY, device='cpu').fit(images)
     found = dict(total=time.perf_counter() - start, peak=peak_memory() - before,
                  stages={name: stage['seconds'] for name, stage in scan.stages_.items()})
     z = torch.from_numpy(scan.embeddings_)
     for index in ('exact', 'ivf'):
         start = time.perf_counter()
-        mine_neighbors(z, TINY['n_neighbors'], index)
+        mine_neighbors(z, TINY.pretext.n_neighbors, index)
         found[index] = time.perf_counter() - start
     return found
 

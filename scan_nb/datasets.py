@@ -819,7 +819,8 @@ def load_splits(
     "The images of a run. Raises `UserError` when they are not to be had."
     places = (env or {}).get('data') or {}
     known = {dataset_name(key) or key: place for key, place in places.items()}
-    def part(name, which): return open_images(name, which, size, channels, known.get(dataset_name(name) or name), progress)
+    def part(name, which):
+        return open_images(name, which, size, channels, known.get(dataset_name(name) or name), progress)
     if test_name is None: return {'all': part(name, 'all')}
     images = {'train': part(name, 'train'), 'test': part(test_name, 'test')}
     if images['test'] is None: return {'all': images['train']}

@@ -260,5 +260,5 @@ def grade(
     if labels is None or not (labels >= 0).any(): return scores
     scores |= cluster_metrics(clusters, labels := labels.cpu())
     table = contingency(clusters, labels, *(() if p is None else p.shape[1:]))
-    if p is not None and min(table.shape) >= 5: scores['top5'] = top_k_accuracy(p, labels, hungarian_match(table))
-    return scores
+    if p is None or min(table.shape) < 5: return scores
+    return scores | dict(top5=top_k_accuracy(p, labels, hungarian_match(table)))

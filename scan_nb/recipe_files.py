@@ -7,15 +7,14 @@ __all__ = ['KEYS', 'VIEW_KEYS', 'PRETEXT_KEYS', 'STAGE_KEYS', 'SIZES', 'UNUSED',
            'find_config', 'load_stages', 'find_recipe', 'load_env']
 
 # %% ../nbs/11a_recipe_files.ipynb #11a00004
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
 from importlib.resources import files
 from pathlib import Path
 import torch
 from .augment_fast import StrongAugment
 from .data import UserError, closest
-from .recipes import (BACKBONE_OPTIONS, MOCO, PARTS, PRESETS, STAGES, VIEWS, Recipe, StageRecipe, _flat,
-                             change)
+from .recipes import (BACKBONE_OPTIONS, MOCO, PARTS, PRESETS, STAGES, VIEWS, Recipe, StageRecipe,
+                             _flat, change)
 
 # %% ../nbs/11a_recipe_files.ipynb #ac97fd80
 KEYS = {   # key of a file, nested by dots -> setting
@@ -27,8 +26,6 @@ KEYS = {   # key of a file, nested by dots -> setting
     **{f'scheduler_kwargs.{name}': name for name in ('lr_decay_rate', 'lr_decay_epochs')},
     'epochs': 'epochs', 'batch_size': 'batch_size',
     **{f'backbone_options.{name}': f'backbone_options.{name}' for name in BACKBONE_OPTIONS}}
-
-# %% ../nbs/11a_recipe_files.ipynb #a67ee709
 VIEW_KEYS = {   # the same inside augmentation_kwargs -> setting of the views
     'random_resized_crop.scale': 'scale', 'random_resized_crop.ratio': 'ratio',
     'color_jitter_random_apply.p': 'jitter_p', 'random_grayscale.p': 'gray_p',
@@ -47,8 +44,6 @@ STAGE_KEYS = {   # setup -> keys of this stage alone
     'selflabel': {'confidence_threshold': 'threshold', 'criterion_kwargs.apply_class_balancing': 'balance',
                   'use_ema': None, 'num_heads': None, 'ema_alpha': 'ema_decay',   # None: no setting
                   'criterion_kwargs.entropy_weight': 'entropy_weight'}}
-
-# %% ../nbs/11a_recipe_files.ipynb #d173ad64
 SIZES = 'augmentation_kwargs.crop_size', 'augmentation_kwargs.random_resized_crop.size'   # the same again
 UNUSED = ('setup', 'num_workers', 'criterion', *SIZES, *(f'augmentation_kwargs.{name}' for name in (
     'normalize.mean', 'normalize.std', 'cutout_kwargs.n_holes', 'cutout_kwargs.random')))
@@ -67,22 +62,19 @@ def known_keys(
         | {name: name for name in sorted(own)}
 
 # %% ../nbs/11a_recipe_files.ipynb #2587258d
-def _nested(
-    flat: dict[str, object],  # names joined by dots
-) -> dict:                    # what `_flat` would flatten, tuples as lists
+def _nested(flat): # names joined by dots -> what `_flat` would flatten, tuples as lists
     "The reverse of `_flat`."
     out = {}
     for key, value in flat.items():
         *above, last = key.split('.')
         inner = out
         for name in above: inner = inner.setdefault(name, {})
-        inner[last] = [_nested(v) if isinstance(v, dict) else v for v in value] if isinstance(value, tuple) else value
+        if isinstance(value, tuple): value = [_nested(v) if isinstance(v, dict) else v for v in value]
+        inner[last] = value
     return out
 
 # %% ../nbs/11a_recipe_files.ipynb #8c4beed0
-def _to_keys(
-    recipe: StageRecipe,  # of any stage
-) -> dict:                # nested, in the authors' schema
+def _to_keys(recipe): # of any stage
     "The mapping that a YAML file of this stage holds."
     setup = getattr(recipe, 'setup', recipe.stage)
     values = _flat(asdict(recipe))
@@ -119,9 +111,7 @@ def find_config(
                     f"did you mean '{closest(given.as_posix(), shipped)}'?")
 
 # %% ../nbs/11a_recipe_files.ipynb #eff46530
-def _load_mapping(
-    file: str|Path,  # as for `find_config`
-) -> dict:           # its content
+def _load_mapping(file): # as for `find_config`
     "A YAML file that holds a mapping. Raises UserError that says what is wrong with it, and in which line."
     import yaml
     try: content = yaml.safe_load(find_config(file).read_text(encoding='utf-8'))
@@ -136,12 +126,7 @@ HINTS = {'confidence_threshold': 'selflabel', 'use_ema': 'selflabel', 'update_cl
          'criterion_kwargs.entropy_weight': 'scan', 'queue_size': 'moco', 'pretrained': 'moco',
          'temperature': 'moco', 'criterion_kwargs.temperature': 'simclr'}   # key -> setup
 
-# %% ../nbs/11a_recipe_files.ipynb #45f1ddba
-def _settings_of(
-    flat: dict[str, object],  # of a file, names joined by dots
-    setup: str,               # a key of STAGES
-    said: Callable,           # key -> how to call it, for messages
-) -> dict[str, object]:       # setting -> value, names joined by dots
+def _settings_of(flat, setup, said): # flat: names joined by dots; said(key): what to call it
     "Keys translated into settings. Raises UserError that names a wrong key."
     keys, settings = known_keys(setup), dict(MOCO) if setup == 'moco' else {}
     if str(flat.get('backbone')).startswith('timm:'):
@@ -161,15 +146,11 @@ def _settings_of(
     return settings
 
 # %% ../nbs/11a_recipe_files.ipynb #97bb3c33
-def _recipe_of(
-    flat: dict[str, object],  # of a file, names joined by dots
-    file: str,                # how to call it
-    cpu: Iterable[str] = (),  # the keys that stand under `cpu`
-    needed: Iterable[str] = (),  # settings that it may not leave out
-) -> StageRecipe:             # of the stage that the file is for
+def _recipe_of(flat, file, cpu=(), needed=()): # cpu: the keys under it; needed: settings that may not lack
     "The recipe of a stage. Raises UserError that names the file and the key."
     setup = flat.get('setup', next((s for key, s in HINTS.items() if key in flat), None))
-    if setup not in list(STAGES): raise UserError(f"'{file}': setup is {setup!r}: give {', '.join(STAGES)}.")
+    if setup not in list(STAGES):
+        raise UserError(f"'{file}': setup is {setup!r}: give {', '.join(STAGES)}.")
     def said(key): return f"'{file}': {'cpu.'*(key in cpu)}{key}"
     kind, given = STAGES[setup], _nested(_settings_of(flat | {'setup': setup}, setup, said))
     views = VIEWS.get(str(given.get('views', kind.views)), StrongAugment)
@@ -184,15 +165,11 @@ def _recipe_of(
         raise UserError(f'{said(key)}: {e}' if key else f"'{file}': {e}") from e
 
 # %% ../nbs/11a_recipe_files.ipynb #a77ac0e0
-def _stage_of(
-    content: dict,         # of a file, or of a part of it
-    file: str,             # how to call it
-    device: torch.device,  # where it will run
-    **options,             # of `_recipe_of`
-) -> StageRecipe:
+def _stage_of(content, file, device, **options): # content of a file, or of a part of it; of `_recipe_of`
     "The recipe of a stage; on a CPU the keys under `cpu` go before the others. Raises UserError."
     cpu = content.pop('cpu', None) or {}
-    if not isinstance(cpu, dict): raise UserError(f"'{file}': cpu is {cpu!r}: give keys and values under it.")
+    if not isinstance(cpu, dict):
+        raise UserError(f"'{file}': cpu is {cpu!r}: give keys and values under it.")
     flat, cpu = _flat(content), _flat(cpu)
     gpu_recipe = _recipe_of(flat, file, **options)
     if 'backbone' in cpu: flat = {k: v for k, v in flat.items() if not k.startswith('backbone_options.')}
@@ -215,7 +192,8 @@ def load_stages(
         if not isinstance(part, dict): raise UserError(f"'{file}': {name} is {part!r}: give keys and values.")
     stages = {name: _stage_of(content[name], f'{file}, {name}', device) for name in PARTS if name in content}
     for name, recipe in stages.items():
-        if recipe.stage != name: raise UserError(f"'{file}': the setup of {name} is {recipe.stage}: change it.")
+        if recipe.stage != name:
+            raise UserError(f"'{file}': the setup of {name} is {recipe.stage}: change it.")
     cpu = _flat(content.get('cpu', {}))
     try: on_cpu = change(stages, cpu)
     except UserError as e: raise UserError(f"'{file}', cpu: {e}") from e
@@ -223,8 +201,8 @@ def load_stages(
 
 # %% ../nbs/11a_recipe_files.ipynb #a77ac0e1
 def find_recipe(
-    name: str|Path|Recipe,               # of a preset, or of a file; a recipe comes back as it is on the device
-    device: str|torch.device = 'cpu',    # where it will run
+    name: str|Path|Recipe,             # of a preset, or of a file; a recipe comes back as it is on the device
+    device: str|torch.device = 'cpu',  # where it will run
 ) -> Recipe:
     "A recipe by its name in PRESETS, or from a file. Raises UserError with the closest name."
     if isinstance(name, Recipe): return name.on(device)

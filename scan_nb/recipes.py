@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['VIEWS', 'INF', 'LIMITS', 'BACKBONE_OPTIONS', 'SHARED', 'STAGES', 'PARTS', 'SIMCLR_VIEWS', 'IMAGENET_COLORS', 'MOCO',
            'PAPER', 'FOLDER', 'SILHOUETTES', 'CLOTHES', 'SKY', 'PRESETS', 'UPDATES', 'EPOCHS', 'make_views',
-           'check_value', 'ImageSettings', 'TrainingSettings', 'StageRecipe', 'PretextRecipe', 'ScanRecipe',
-           'SelfLabelRecipe', 'change', 'Recipe', 'small_set', 'imagenet_set', 'list_differences', 'auto_epochs',
-           'choices', 'complete', 'make_optimizer', 'make_schedule']
+           'check_value', 'StageRecipe', 'PretextRecipe', 'ScanRecipe', 'SelfLabelRecipe', 'change', 'Recipe',
+           'list_differences', 'auto_epochs', 'choices', 'complete', 'make_optimizer', 'make_schedule']
 
 # %% ../nbs/11_recipes.ipynb #389b037b
 import math
@@ -22,10 +21,9 @@ from .data import ImageSet, UserError, closest
 from .simclr import DIGITS_VIEWS
 from .training import CosineSchedule, StepSchedule, steps_per_epoch
 
-# %% ../nbs/11_recipes.ipynb #47b18612
+# %% ../nbs/11_recipes.ipynb #28522f5c
 VIEWS = {'standard': WeakAugment, 'simclr': SimCLRAugment, 'ours': StrongAugment}
 
-# %% ../nbs/11_recipes.ipynb #28522f5c
 def make_views(
     views: str,     # a key of VIEWS
     size: int,      # side of a view in pixels
@@ -55,9 +53,7 @@ LIMITS = {   # lowest and highest value of numbers, and of numbers in a list; of
     'ema_decay': (0, 1 - 1e-6)}
 
 # %% ../nbs/11_recipes.ipynb #ce4b8dac
-def _plain(
-    value: object,  # a number, of Python, NumPy or PyTorch, a text, or a list or mapping of such
-) -> object:        # lists as tuples, texts that are numbers as numbers
+def _plain(value): # a number of any kind, a text, a list or a mapping -> lists as tuples, texts as numbers
     "One way to write each value, so that equal settings compare as equal."
     if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
     if hasattr(value, 'tolist'): value = value.tolist()
@@ -68,12 +64,7 @@ def _plain(
     return value
 
 # %% ../nbs/11_recipes.ipynb #be410059
-def _read(
-    kind: object,   # int, float, bool, str, dict, None's type, a Literal, tuple[kind, ...] or a union of such
-    value: object,  # as given
-    low: float,     # bounds of every number
-    high: float,
-) -> object:        # of that kind
+def _read(kind, value, low, high): # kind: of a dataclass below; low, high: bounds of every number
     "The value as the kind has it. Raises ValueError when it does not fit."
     if get_origin(kind) in (Union, UnionType):
         for one in get_args(kind):
@@ -90,11 +81,8 @@ def _read(
     raise ValueError
 
 # %% ../nbs/11_recipes.ipynb #315b67be
-def _wanted(
-    kind: object,     # as for `_read`
-    bounds: str = '', # of numbers, in words
-) -> str:             # in words
-    "What to give."
+def _wanted(kind, bounds): # kind as for `_read`; bounds of numbers, in words
+    "What to give, in words."
     if get_origin(kind) in (Union, UnionType): return ' or '.join(_wanted(k, bounds) for k in get_args(kind))
     if get_origin(kind) is Literal: return ' or '.join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
@@ -112,15 +100,17 @@ def check_value(
     low, high = bounds = LIMITS.get(name, LIMITS.get(name.split('.')[-1], (-INF, INF)))
     try: return _read(kind, value, low, high)
     except (ValueError, TypeError, OverflowError): pass
-    words = '' if bounds == (-INF, INF) else f' of at least {low}' if high == INF else f' from {low} to {high}'
+    words = f' of at least {low}' if high == INF else f' from {low} to {high}'
+    words *= bounds != (-INF, INF)
     raise UserError(f'{name} is {value!r}: give {_wanted(kind, words)}.')
 
-# %% ../nbs/11_recipes.ipynb #50dcc8fb
+# %% ../nbs/11_recipes.ipynb #5a7b2386
 @dataclass(frozen=True, kw_only=True)
-class ImageSettings:
-    "What a stage sees."
+class StageRecipe:
+    "What all stages have in common: what a stage sees, and how it moves the weights. Raises UserError."
+    stage: ClassVar[str] = 'stage'
     data: str|None = None        # name of a data set or a folder; None: images given by hand
-    test_data: str|None = None   # name of the images to test on; None: there are none, and all are learned from
+    test_data: str|None = None   # name of the images to test on; None: all there are are learned from
     n_clusters: int = 10         # C, at most the number of images
     channels: Literal[1, 3]|None = None     # 1: gray, 3: color; None: as the images are
     size: int|None = None        # side of a view in pixels; None: as the images are
@@ -131,11 +121,6 @@ class ImageSettings:
     n_networks: int = 1          # two: side by side, each learns features from views of its own
     views: Literal['standard', 'simclr', 'ours'] = 'ours' # see VIEWS
     views_options: dict = field(default_factory=dict)     # settings of these views, but for the size
-
-# %% ../nbs/11_recipes.ipynb #dc1087fe
-@dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
-    "How a stage moves the weights."
     optimizer: Literal['sgd', 'adam'] = 'adam'  # of all weights, or of the heads
     lr: float = 1e-4            # learning rate at its highest
     momentum: float = .9        # of SGD, 0 to 1
@@ -149,16 +134,22 @@ class TrainingSettings:
     seed: int = 0               # of weights, batches and views
     precision: Literal['bf16', 'float32'] = 'bf16'  # on CUDA; a CPU computes in float32
     compile: bool = False       # on CUDA: `torch.compile` the backbone
+    @property
+    def folder(self): return self.stage   # in that of a run
+
+    def __post_init__(self): # all is checked; the error names the wrong setting
+        for f in fields(self):
+            name = f.name if f.name in SHARED else f'{self.stage}.{f.name}'
+            object.__setattr__(self, f.name, check_value(name, f.type, getattr(self, f.name)))
+        _check_together(self)
 
 # %% ../nbs/11_recipes.ipynb #e15e74b3
 BACKBONE_OPTIONS = 'widths', 'stem_stride'   # of small_resnet; models of timm have their own
-SHARED = {f.name for f in fields(ImageSettings)} - {'views', 'views_options'} | {   # set for all stages at once
-    'seed', 'precision', 'compile', 'prior'}
+SHARED = {'data', 'test_data', 'n_clusters', 'channels', 'size', 'mean', 'std', 'backbone', 'n_networks',
+          'backbone_options', 'prior', 'seed', 'precision', 'compile'}   # set for all stages at once
 
 # %% ../nbs/11_recipes.ipynb #fd7b146f
-def _check_together(
-    recipe: object,  # a stage's recipe, each setting checked
-) -> None:
+def _check_together(recipe): # of a stage, each setting checked
     "Raises UserError when two settings contradict each other."
     r, more = recipe, getattr(recipe, 'more_views', None)
     for options in (r.views_options, *(more or ())): make_views(r.views, r.size or 32, options)
@@ -169,7 +160,7 @@ def _check_together(
         if name not in BACKBONE_OPTIONS:
             raise UserError(f"There is no backbone option '{name}': give {' or '.join(BACKBONE_OPTIONS)}.")
     if (r.mean is None) != (r.std is None) or r.mean is not None and len(r.mean) != len(r.std):
-        raise UserError(f'mean is {r.mean} and std is {r.std}: give one value of each per channel, or neither.')
+        raise UserError(f'mean is {r.mean} and std is {r.std}: give one of each per channel, or neither.')
     if r.mean is not None and len(r.mean) not in ((1, 3) if r.channels is None else (r.channels,)):
         raise UserError(f'mean and std have {len(r.mean)} values: give one per channel.')
     if r.nesterov and not r.momentum: raise UserError('nesterov needs a momentum above 0.')
@@ -180,17 +171,6 @@ def _check_together(
         raise UserError(f'prior is {prior}: give one share for each of {r.n_clusters} clusters.')
     if r.epochs == getattr(r, 'heads_epochs', None) == 0:
         raise UserError('scan.epochs and scan.heads_epochs are 0: clusters need one of them.')
-
-# %% ../nbs/11_recipes.ipynb #5a7b2386
-@dataclass(frozen=True, kw_only=True)
-class StageRecipe(TrainingSettings, ImageSettings):
-    "What all stages have in common; all is checked. Raises UserError that names the wrong setting."
-    stage: ClassVar[str] = 'stage'
-    def __post_init__(self):
-        for f in fields(self):
-            name = f.name if f.name in SHARED else f'{self.stage}.{f.name}'
-            object.__setattr__(self, f.name, check_value(name, f.type, getattr(self, f.name)))
-        _check_together(self)
 
 # %% ../nbs/11_recipes.ipynb #7805fa8e
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +199,8 @@ class PretextRecipe(StageRecipe):
     scheduler: Literal['constant', 'cosine', 'step'] = 'cosine'      # course of the learning rate
     epochs: int|None = 500        # passes over the images; None: see `choices`
     batch_size: int = 512         # images per update; each gives two views
+    @property
+    def folder(self): return f'pretext/{self.setup}'
 
 # %% ../nbs/11_recipes.ipynb #97ccbeff
 @dataclass(frozen=True, kw_only=True)
@@ -249,15 +231,11 @@ class SelfLabelRecipe(StageRecipe):
     epochs: int|None = 200          # passes over the images; 0: left out; None: see `choices`
     batch_size: int = 1000          # images per update
 
-# %% ../nbs/11_recipes.ipynb #1dc0a002
+# %% ../nbs/11_recipes.ipynb #1dc0a003
 STAGES = {'simclr': PretextRecipe, 'moco': PretextRecipe, 'scan': ScanRecipe, 'selflabel': SelfLabelRecipe}
 PARTS = 'pretext', 'scan', 'selflabel'   # the stages of a recipe
 
-# %% ../nbs/11_recipes.ipynb #1dc0a003
-def _owners(
-    stages: dict,  # stage -> its recipe
-    name: str,     # of a setting, with its stage or without
-) -> tuple[list, list]:  # the stages meant; the setting, and the name of a part of it, if one is meant
+def _owners(stages, name): # the stages that a name means; the setting, and perhaps the name of a part of it
     "Who has a setting. Raises UserError when nobody has it, or several for purposes of their own."
     path = name.split('.', 2)
     given = path.pop(0) if len(path) > 1 and path[0] in PARTS else None
@@ -283,16 +261,14 @@ def change(
         found, (setting, *part) = _owners(stages, name)
         for stage in found:
             old = new[stage].get(setting, getattr(stages[stage], setting))
-            if part and not isinstance(old, dict): raise UserError(f"{setting} has no parts: there is no '{name}'.")
+            if part and not isinstance(old, dict):
+                raise UserError(f"There is no '{name}': {setting} has no parts.")
             new[stage][setting] = old | {part[0]: value} if part else value
     return {stage: replace(recipe, **new[stage]) for stage, recipe in stages.items()}
 
 # %% ../nbs/11_recipes.ipynb #113bf1f6
-def _flat(
-    content: dict,   # nested
-    above: str = '', # the keys around it
-) -> dict[str, object]:  # nested names joined by dots; empty mappings are left out
-    "A nested mapping as a flat one."
+def _flat(content, above=''): # above: the keys around it, with a dot
+    "A nested mapping as a flat one, names joined by dots; empty mappings are left out."
     out = {}
     for key, value in content.items():
         if isinstance(value, dict): out |= _flat(value, f'{above}{key}.')
@@ -326,11 +302,11 @@ class Recipe:
         return Recipe(**{'selflabel': None} | change(self.stages, here))
 
     def flat(self): # every setting by its name, as for `change`
-        return {f'{stage}.{f.name}': getattr(r, f.name) for stage, r in self.stages.items() for f in fields(r)}
+        return {f'{s}.{f.name}': getattr(r, f.name) for s, r in self.stages.items() for f in fields(r)}
 
     @classmethod
-    def for_images(cls, images, device='cpu', base=None): # what `base`, else PRESETS['folder'], leaves open is chosen
-        return Recipe(**{'selflabel': None} | complete((base or PRESETS['folder']).on(device).stages, images, device))
+    def for_images(cls, images, device='cpu', base=None): # `base`, else FOLDER, without open settings
+        return Recipe(**{'selflabel': None} | complete((base or FOLDER).on(device).stages, images, device))
 
 # %% ../nbs/11_recipes.ipynb #469b04db
 SIMCLR_VIEWS = dict(scale=(.2, 1.), jitter_p=.8, brightness=.4, contrast=.4, saturation=.4, hue=.1, gray_p=.2)
@@ -338,15 +314,7 @@ IMAGENET_COLORS = dict(mean=(.485, .456, .406), std=(.229, .224, .225))
 MOCO = dict(lr=.03, epochs=800, batch_size=256, temperature=.07, n_neighbors=50)  # where MoCo differs
 
 # %% ../nbs/11_recipes.ipynb #4d86c8d2
-def small_set(
-    data: str,             # its name
-    n_clusters: int,       # its number of classes
-    size: int,             # side of an image in pixels
-    cutout: int,           # longest side of the erased square of strong views
-    scan: dict,            # settings of the second stage that differ from its defaults
-    selflabel_epochs: int, # of the third stage
-    **colors,              # mean and std
-) -> Recipe:               # all three stages
+def _small_set(data, n_clusters, size, cutout, scan, selflabel_epochs, **colors): # scan: its epochs, batch
     "The paper's way with CIFAR and STL (SCAN, section 3.1 and supplement)."
     common = dict(data=data, test_data=data, n_clusters=n_clusters, size=size, **colors)
     strong = common | dict(views='ours', views_options=dict(n_ops=4, cutout=cutout))
@@ -355,11 +323,7 @@ def small_set(
                   SelfLabelRecipe(**strong, epochs=selflabel_epochs))
 
 # %% ../nbs/11_recipes.ipynb #95f2651a
-def imagenet_set(
-    data: str,        # its name
-    n_clusters: int,  # its number of classes
-    scan_batch: int,  # images per update of the second stage
-) -> Recipe:          # all three stages
+def _imagenet_set(data, n_clusters, scan_batch): # images per update of the second stage
     "The paper's way with ImageNet and its subsets (SCAN, section 3.4 and supplement)."
     common = dict(data=data, test_data=data, n_clusters=n_clusters, size=224, backbone='resnet50',
                   **IMAGENET_COLORS)
@@ -373,42 +337,25 @@ def imagenet_set(
 
 # %% ../nbs/11_recipes.ipynb #7ceb82d5
 PAPER = {
-    'cifar-10': small_set('cifar-10', 10, 32, 16, dict(epochs=50, batch_size=128), 200,
-                          mean=(.4914, .4822, .4465), std=(.2023, .1994, .2010)),
-    'cifar-20': small_set('cifar-20', 20, 32, 16, dict(epochs=100, batch_size=512), 200,
-                          mean=(.5071, .4867, .4408), std=(.2675, .2565, .2761)),
-    'stl-10': small_set('stl-10', 10, 96, 32, dict(epochs=100, batch_size=128), 100, **IMAGENET_COLORS),
-    'imagenet_50': imagenet_set('imagenet_50', 50, 512),
-    'imagenet_100': imagenet_set('imagenet_100', 100, 1024),
-    'imagenet_200': imagenet_set('imagenet_200', 200, 1024),
-    'imagenet': replace(imagenet_set('imagenet', 1000, 4096), selflabel=None),
+    'cifar-10': _small_set('cifar-10', 10, 32, 16, dict(epochs=50, batch_size=128), 200,
+                           mean=(.4914, .4822, .4465), std=(.2023, .1994, .2010)),
+    'cifar-20': _small_set('cifar-20', 20, 32, 16, dict(epochs=100, batch_size=512), 200,
+                           mean=(.5071, .4867, .4408), std=(.2675, .2565, .2761)),
+    'stl-10': _small_set('stl-10', 10, 96, 32, dict(epochs=100, batch_size=128), 100, **IMAGENET_COLORS),
+    'imagenet_50': _imagenet_set('imagenet_50', 50, 512),
+    'imagenet_100': _imagenet_set('imagenet_100', 100, 1024),
+    'imagenet_200': _imagenet_set('imagenet_200', 200, 1024),
+    'imagenet': replace(_imagenet_set('imagenet', 1000, 4096), selflabel=None),
 }
 
 # %% ../nbs/11_recipes.ipynb #e9a97b90
 def list_differences(
-    old: dict,         # nested
-    new: dict,         # nested
-    prefix: str = '',  # of the names
-) -> list[str]:        # 'name: old → new'
+    old: dict,     # perhaps nested
+    new: dict,     # perhaps nested
+) -> list[str]:    # 'name: old → new', inner names behind a dot
     "What changed between two recipes."
-    found = []
-    for key in dict.fromkeys([*old, *new]):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict): found += list_differences(a, b, f'{prefix}{key}.')
-        elif a != b: found.append(f'{prefix}{key}: {a} → {b}')
-    return found
-
-# %% ../nbs/11_recipes.ipynb #1dc0a008
-def _preset(
-    base: Recipe,        # changed
-    views: dict,         # settings of the views of the pretext task
-    weak: bool = False,  # the later stages look at the same views
-    **settings,          # as for `change`, with __ for the dot
-) -> Recipe:
-    "A recipe made of another."
-    views = {f'{stage}.views_options': views for stage in (base.stages if weak else ['pretext'])}
-    if weak: views |= {f'{stage}.views': 'simclr' for stage in base.stages}
-    return base.change(views | {name.replace('__', '.'): value for name, value in settings.items()})
+    old, new = _flat(old), _flat(new)
+    return [f'{k}: {old.get(k)} → {new.get(k)}' for k in old | new if old.get(k) != new.get(k)]
 
 # %% ../nbs/11_recipes.ipynb #1dc0a009
 _small = dict(backbone='small_resnet', epochs=None)
@@ -422,26 +369,30 @@ SILHOUETTES = dict(   # clothes are centered silhouettes: little cropping, much 
 CLOTHES = SILHOUETTES | dict(   # other cloth, and only a part in every second view
     scale=(.65, 1.15), ratio=(.9, 1.1), erase=11, tint_p=.8, strip_p=.5)
 SKY = dict(   # gray discs: any rotation, light and contrast, no color
-    scale=(.4, 1.), ratio=(.9, 1.1), jitter_p=.8, brightness=.4, contrast=.4, saturation=0., hue=0., gray_p=0.,
-    rotation=180, disc=True)
+    scale=(.4, 1.), ratio=(.9, 1.1), jitter_p=.8, brightness=.4, contrast=.4, saturation=0., hue=0.,
+    gray_p=0., rotation=180, disc=True)
 
 # %% ../nbs/11_recipes.ipynb #1dc0a00a
+def _seen(views, stages=PARTS): return {f'{stage}.{k}': v for stage in stages for k, v in views.items()}
+
 PRESETS = {**PAPER, 'folder': FOLDER}
-PRESETS['digits'] = _preset(   # eight pixels are too few for the operations of StrongAugment
-    FOLDER, DIGITS_VIEWS, weak=True, data='digits', backbone_options=dict(widths=(32, 64, 128)),
-    pretext__epochs=60, pretext__n_neighbors=5, scan__epochs=5, selflabel__epochs=5)
-PRESETS['fashion-mnist'] = _preset(
-    FOLDER, SILHOUETTES, data='fashion-mnist', test_data='fashion-mnist', pretext__temperature=.2,
-    pretext__batch_size=512, pretext__lr=.2, scan__batch_size=512, scan__heads_epochs=15)
-PRESETS['fashion-mnist best'] = replace(_preset(   # two networks, whose views hide sleeves
-    PRESETS['fashion-mnist'], CLOTHES, backbone_options=dict(widths=(16, 32, 64, 128)), n_networks=2,
-    pretext__more_views=[CLOTHES | dict(strip_p=.75)], pretext__epochs=8, pretext__n_neighbors=50,
-    pretext__whiten=.5, scan__head_choice='both', scan__epochs=0), selflabel=None)
-PRESETS['aurora'] = replace(_preset(
-    FOLDER, SKY, weak=True, data='aurora', test_data='aurora', n_clusters=4, channels=1, size=96,
-    backbone='resnet18', pretext__epochs=200, pretext__batch_size=128, pretext__lr_decay_rate=.1,
-    pretext__queue_size=65536, pretext__key_momentum=.999, pretext__n_neighbors=20, pretext__time_window=600,
-    scan__n_neighbors=20, scan__epochs=20, selflabel__epochs=20), cpu={
+PRESETS['digits'] = FOLDER.change(   # eight pixels are too few for the operations of StrongAugment
+    _seen(dict(views='simclr', views_options=DIGITS_VIEWS)) | {
+        'data': 'digits', 'backbone_options': dict(widths=(32, 64, 128)), 'pretext.epochs': 60,
+        'pretext.n_neighbors': 5, 'scan.epochs': 5, 'selflabel.epochs': 5})
+PRESETS['fashion-mnist'] = FOLDER.change({
+    'data': 'fashion-mnist', 'test_data': 'fashion-mnist', 'pretext.views_options': SILHOUETTES,
+    'pretext.temperature': .2, 'pretext.batch_size': 512, 'pretext.lr': .2, 'scan.batch_size': 512,
+    'scan.heads_epochs': 15})
+PRESETS['fashion-mnist best'] = replace(PRESETS['fashion-mnist'].change({   # two networks; views hide sleeves
+    'pretext.views_options': CLOTHES, 'pretext.more_views': [CLOTHES | dict(strip_p=.75)], 'n_networks': 2,
+    'backbone_options': dict(widths=(16, 32, 64, 128)), 'pretext.epochs': 8, 'pretext.n_neighbors': 50,
+    'pretext.whiten': .5, 'scan.head_choice': 'both', 'scan.epochs': 0}), selflabel=None)
+PRESETS['aurora'] = replace(FOLDER.change(_seen(dict(views='simclr', views_options=SKY)) | {
+    'data': 'aurora', 'test_data': 'aurora', 'n_clusters': 4, 'channels': 1, 'size': 96,
+    'backbone': 'resnet18', 'pretext.epochs': 200, 'pretext.batch_size': 128, 'pretext.lr_decay_rate': .1,
+    'pretext.queue_size': 65536, 'pretext.key_momentum': .999, 'pretext.n_neighbors': 20,
+    'pretext.time_window': 600, 'scan.n_neighbors': 20, 'scan.epochs': 20, 'selflabel.epochs': 20}), cpu={
         'backbone': 'small_resnet', 'backbone_options': dict(widths=(16, 32, 64, 128), stem_stride=2),
         'size': 32, 'pretext.epochs': 20, 'scan.epochs': 3, 'selflabel.epochs': 3})
 
@@ -451,7 +402,6 @@ UPDATES = {'cpu': dict(pretext=500, scan=200, selflabel=200),              # upd
 EPOCHS = {'cpu': dict(pretext=(5, 100), scan=(1, 20), selflabel=(1, 20)),  # fewest and most epochs
           'gpu': dict(pretext=(20, 500), scan=(10, 100), selflabel=(5, 100))}
 
-# %% ../nbs/11_recipes.ipynb #1dc0a00e
 def auto_epochs(
     stage: str,       # 'pretext', 'scan' or 'selflabel'
     n: int,           # images
@@ -465,23 +415,23 @@ def auto_epochs(
 
 # %% ../nbs/11_recipes.ipynb #1dc0a00f
 def choices(
-    stages: dict,         # stage -> its recipe, perhaps with open settings; what they share is taken of the first
+    stages: dict,         # stage -> its recipe, perhaps with open settings
     images: ImageSet,     # to learn from
     device: torch.device|str = 'cpu',  # where it is trained
 ) -> dict:                # name, as for `change` -> its value, and why
     "What a recipe leaves open, chosen by the images and the machine."
     found, recipe, (n, c, h, w) = {}, next(iter(stages.values())), images.images.shape
     size = recipe.size or min(h, w)
-    if recipe.channels is None: found['channels'] = c, f"the images are {'gray' if c == 1 else 'in color'}"
+    if recipe.channels is None: found['channels'] = c, f'the images are {"gray" if c == 1 else "in color"}'
     if recipe.size is None: found['size'] = size, f'the images have {h}×{w} pixels'
     if recipe.backbone == 'small_resnet':
         small = dict(widths=(32, 64, 128) if size <= 12 else (32, 64, 128, 256), stem_stride=1 + (size > 16))
         for name in small.keys() - recipe.backbone_options.keys():
-            found[f'backbone_options.{name}'] = small[name], f'images of {size} pixels need no more and no less'
+            found[f'backbone_options.{name}'] = small[name], f'what images of {size} pixels need'
     for stage, r in stages.items():
         if r.epochs is not None: continue
-        epochs = auto_epochs(stage, n, r.batch_size, device)
-        found[f'{stage}.epochs'] = epochs, f'{n:,} images, {r.batch_size} in a batch, on {torch.device(device).type}'
+        why = f'{n:,} images, {r.batch_size} in a batch, on {torch.device(device).type}'
+        found[f'{stage}.epochs'] = auto_epochs(stage, n, r.batch_size, device), why
     if 'pretext' in stages and recipe.n_neighbors is None:
         k = max(1, min(20, n - 1))
         found['pretext.n_neighbors'] = k, 'as in the paper' if k == 20 else f'there are only {n} images'
