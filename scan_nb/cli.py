@@ -22,7 +22,7 @@ def _settings(texts): # 'name=value' each -> {name: value}
     return found
 
 # %% ../nbs/13_cli.ipynb #92f98ab9
-def _recipe(args, device): # the Recipe of a run, with every option in it; what to call it, or None
+def _recipe(args): # the Recipe of a run, with every option in it; what to call it, or None
     "The recipe that the words of a run ask for. Raises UserError for an unknown name or setting."
     from scan_nb.data import UserError
     from scan_nb.datasets import dataset_name
@@ -30,8 +30,8 @@ def _recipe(args, device): # the Recipe of a run, with every option in it; what 
     from scan_nb.recipes import PAPER, PRESETS
     name, asked = dataset_name(args.source), args.recipe
     if not args.source: raise UserError('SOURCE is empty: name a folder or a data set.')
-    usual = name if name in PRESETS and not (device.type == 'cpu' and name in PAPER) else 'folder'
-    recipe = find_recipe(f'{name} {asked}' if f'{name} {asked}' in PRESETS else asked or usual, device)
+    usual = name if name in PRESETS and not (args.device.type == 'cpu' and name in PAPER) else 'folder'
+    recipe = find_recipe(f'{name} {asked}' if f'{name} {asked}' in PRESETS else asked or usual, args.device)
     change = dict(n_clusters=PAPER[name].n_clusters) if usual == 'folder' != asked and name in PAPER else {}
     if name and recipe.data != name: change |= dict(data=name, test_data=None if name == 'digits' else name)
     elif not name: change |= dict(data=args.source, test_data=None)
@@ -65,11 +65,8 @@ def _run(args): # source and options
     from scan_nb.datasets import load_splits
     from scan_nb.distributed import first_ahead
     from scan_nb.pipeline import SCAN
-    from scan_nb.recipe_files import load_env
-    from scan_nb.training import pick_device
-    r, called = _recipe(args, pick_device(args.device))
-    with first_ahead():
-        images = load_splits(r.data, r.test_data, r.size, r.channels, load_env(args.config_env), True)
+    r, called = _recipe(args)
+    with first_ahead(): images = load_splits(r.data, r.test_data, r.size, r.channels, args.env, True)
     name = '-'.join([Path(args.source).resolve().name, *filter(None, (args.recipe, 'whole'*args.whole))])
     scan = SCAN(recipe=r, device=args.device, out=args.out or f"runs/{name.replace(' ', '-')}", progress=True)
     scan.fit(next(iter(images.values())), test=images.get('test'), pretext=images.get('pretext'))
@@ -85,49 +82,42 @@ def _find_stage(args, name=None): # its recipe, complete; images; folder of the 
     from scan_nb.data import UserError
     from scan_nb.datasets import load_splits
     from scan_nb.distributed import first_ahead
-    from scan_nb.recipe_files import load_env, load_stages
+    from scan_nb.recipe_files import load_stages
     from scan_nb.recipes import PRESETS, STAGES, change, complete
-    from scan_nb.training import pick_device
-    device, preset = pick_device(args.device), PRESETS.get(args.config_exp)
-    stages = preset.on(device).stages if preset else load_stages(args.config_exp, device)
+    preset = PRESETS.get(args.config_exp)
+    stages = preset.on(args.device).stages if preset else load_stages(args.config_exp, args.device)
     stage = STAGES[name].stage if name else list(stages)[-1]
     found = stages.get(stage, next(iter(stages.values())))
     if name and (kind := getattr(found, 'setup', found.stage)) != name:
         raise UserError(f"'{args.config_exp}' is a recipe for {kind}: run `scan-nb {kind}`.")
-    r, env = change({stage: found}, _settings(args.set))[stage], load_env(args.config_env)
-    with first_ahead(): images = load_splits(r.data, r.test_data, r.size, r.channels, env, True)
-    r = complete({stage: r}, next(iter(images.values())), device)[stage]
-    folder = Path(env['root_dir']).expanduser()/Path(r.data).name
-    return r, images, folder, dict(device=device, say=_say, progress=True)
+    r = change({found.stage: found}, _settings(args.set))[found.stage]
+    if not r.data: raise UserError(f"'{args.config_exp}' names no images: add `--set data=NAME`.")
+    more = found.stage == 'pretext'
+    with first_ahead(): images = load_splits(r.data, r.test_data, r.size, r.channels, args.env, True, more)
+    r = complete({r.stage: r}, next(iter(images.values())), args.device)[r.stage]
+    folder = Path(args.env['root_dir']).expanduser()/Path(r.data).name
+    return r, images, folder, dict(device=args.device, say=_say, progress=True)
 
 # %% ../nbs/13_cli.ipynb #f00dce08
 def _stage(args): # of simclr, moco, scan or selflabel
     "scan-nb simclr, moco, scan, selflabel: one stage, from the result of the one before."
     from scan_nb.report import summarize
     from scan_nb.run_folder import read_run
-    from scan_nb.stages import run_pretext, run_scan, run_selflabel
+    from scan_nb.stages import RUN
     recipe, images, folder, options = _find_stage(args, args.name)
-    run = dict(pretext=run_pretext, scan=run_scan, selflabel=run_selflabel)[recipe.stage]
-    run(recipe, images, getattr(args, 'start', None), folder, **options)
+    RUN[recipe.stage](recipe, images, getattr(args, 'start', None), folder, **options)
     summarize(read_run(folder), images, folder, options['device'])
-
-# %% ../nbs/13_cli.ipynb #8c295bd5
-def _find_files(names): # files; a folder gives all its images
-    "Raises UserError for a path that does not exist."
-    from scan_nb.data import UserError, find_images
-    files = []
-    for path in map(Path, names):
-        if not path.exists(): raise UserError(f"There is no file '{path}': check the path.")
-        files += find_images(path) if path.is_dir() else [path]
-    return files
 
 # %% ../nbs/13_cli.ipynb #f341120c
 def _predict(args): # run, files, out, device
     "scan-nb predict: the clusters of new images, as CSV on stdout or in a file."
-    from scan_nb.data import ImageSet, UserError, atomic_write, read_images
+    from scan_nb.data import ImageSet, UserError, atomic_write, find_images, read_images
     from scan_nb.pipeline import SCAN
     from scan_nb.report import read_metrics, write_clusters
-    files, metrics = _find_files(args.files), Path(args.run)/'metrics.json'
+    files, metrics = [], Path(args.run)/'metrics.json'
+    for path in map(Path, args.files):
+        if not path.exists(): raise UserError(f"There is no file '{path}': check the path.")
+        files += find_images(path) if path.is_dir() else [path]
     scan = SCAN.load(args.run, args.device)
     channels, height, width = scan.shape_
     if height != width: raise UserError(f'The model takes {height}×{width} images, not square files.')
@@ -146,7 +136,6 @@ def _eval(args): # run and source, or config_exp and model
     from scan_nb.data import UserError
     from scan_nb.datasets import dataset_name, load_splits
     from scan_nb.pipeline import SCAN
-    from scan_nb.recipe_files import load_env
     from scan_nb.report import read_metrics
     from scan_nb.stages import format_scores
     if args.config_exp: return _eval_file(args)
@@ -154,8 +143,8 @@ def _eval(args): # run and source, or config_exp and model
     if args.source is None: return _say_scores(read_metrics(args.run))
     scan, name = SCAN.load(args.run, args.device), dataset_name(args.source)
     test = name if name != 'digits' else None
-    for split, data in load_splits(args.source, test, scan.recipe_.size, scan.shape_[0],
-                                   load_env(args.config_env), True).items():
+    images = load_splits(args.source, test, scan.recipe_.size, scan.shape_[0], args.env, True, False)
+    for split, data in images.items():
         _say(f'{split} ({len(data):,} images): {format_scores(scan.scores(data))}')
 
 # %% ../nbs/13_cli.ipynb #6f613299
@@ -268,10 +257,12 @@ def _parser():
 # %% ../nbs/13_cli.ipynb #4c0d632d
 def _work(args): # of any command
     "The command, in every process that torchrun started."
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1: return args.command(args)
     from scan_nb.distributed import processes
+    from scan_nb.recipe_files import load_env
     from scan_nb.training import pick_device
-    with processes(pick_device(getattr(args, 'device', None))): args.command(args)
+    args.device = pick_device(getattr(args, 'device', None))
+    if 'config_env' in args: args.env = load_env(args.config_env)
+    with processes(args.device): args.command(args)
 
 # %% ../nbs/13_cli.ipynb #4c0d632e
 def main(

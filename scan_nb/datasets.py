@@ -815,6 +815,7 @@ def load_splits(
     channels: int | None = None,    # 1 or 3, likewise
     env: dict | None = None,        # its 'data' says where data sets are: name -> place, as for `open_images`
     progress: bool = False,         # show a bar while files are decoded
+    unlabeled: bool = True,         # with what the pretext task alone may see
 ) -> dict[str, ImageSet]:           # 'all'; or 'train' and 'test', and perhaps 'pretext' for that task alone
     "The images of a run. Raises `UserError` when they are not to be had."
     places = (env or {}).get('data') or {}
@@ -824,7 +825,8 @@ def load_splits(
     if test_name is None: return {'all': part(name, 'all')}
     images = {'train': part(name, 'train'), 'test': part(test_name, 'test')}
     if images['test'] is None: return {'all': images['train']}
-    return images | ({'pretext': part(name, 'pretext')} if dataset_name(name) == 'stl-10' else {})
+    if unlabeled and dataset_name(name) == 'stl-10': images['pretext'] = part(name, 'pretext')
+    return images
 
 # %% ../nbs/00a_datasets.ipynb #00aa0004
 def fingerprint_images(
