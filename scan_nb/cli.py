@@ -111,9 +111,10 @@ def _stage(args): # of simclr, moco, scan or selflabel
 # %% ../nbs/13_cli.ipynb #f341120c
 def _predict(args): # run, files, out, device
     "scan-nb predict: the clusters of new images, as CSV on stdout or in a file."
-    from scan_nb.data import ImageSet, UserError, atomic_write, find_images, read_images
+    from scan_nb.data import ImageSet, UserError, find_images, read_images
     from scan_nb.pipeline import SCAN
     from scan_nb.report import read_metrics, write_clusters
+    from scan_nb.run_folder import writing
     files, metrics = [], Path(args.run)/'metrics.json'
     for path in map(Path, args.files):
         if not path.exists(): raise UserError(f"There is no file '{path}': check the path.")
@@ -128,7 +129,7 @@ def _predict(args): # run, files, out, device
     if metrics.exists(): names = read_metrics(args.run).get('names')
     text = write_clusters(ImageSet(images, paths=paths), scan.predict_proba(images), names)
     if not args.out: return _say(text.rstrip('\n'))
-    with atomic_write(Path(args.out)) as f: f.write(text.encode())
+    with writing(Path(args.out)) as f: f.write(text.encode(errors='surrogateescape'))
 
 # %% ../nbs/13_cli.ipynb #6f613298
 def _eval(args): # run and source, or config_exp and model

@@ -79,11 +79,11 @@ class SCAN:
         if test is not None: splits['test'] = _same_shape(test, shape, progress)
         if pretext is not None: splits['pretext'] = _same_shape(pretext, shape, progress)
         recipe = Recipe.for_images(data, device, recipe)
-        new = progress and not (self.out and any(Path(self.out).glob('**/checkpoint*')))
+        new = progress and place()[1] == 1 and not (self.out and any(Path(self.out).glob('**/checkpoint*')))
         outcomes = run_stages(recipe, splits, self.out, device=device, progress=progress,
                               ready=(lambda: _say_estimate(recipe, splits, device)) if new else None)
         self.metrics_ = summarize(outcomes, splits, self.out, device)
-        if self.out: write_report(self.out)
+        if self.out and not place()[0]: write_report(self.out)
         last, first = outcomes[-1], outcomes[0]
         self.model_, self.shape_, self.recipe_ = last.load(device), last.shape, recipe
         self.labels_ = list(last.clusters.values())[-1][next(iter(splits))].long().numpy()

@@ -274,7 +274,7 @@ def _flat(content, above=''): # above: the keys around it, with a dot
     return out
 
 # %% ../nbs/11_recipes.ipynb #1dcda804
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recipe:
     "The three stages of one way to cluster images."
     pretext: PretextRecipe = PretextRecipe()           # features and neighbors
@@ -298,6 +298,10 @@ class Recipe:
     def on(self, device): # the recipe as it is on this device, without `cpu`
         here = self.cpu if torch.device(device).type == 'cpu' else {}
         return Recipe(**{'selflabel': None} | change(self.stages, here))
+
+    def __repr__(self): # what differs from PRESETS['folder']
+        old = FOLDER.flat()
+        return f"Recipe({', '.join(f'{k}={v!r}' for k, v in self.flat().items() if old.get(k) != v)})"
 
     def flat(self): # every setting by its name, as for `change`
         return {f'{s}.{f.name}': getattr(r, f.name) for s, r in self.stages.items() for f in fields(r)}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .data import ImageSet, UserError, show_images
-from .distributed import place
+from .distributed import from_first, place
 from .evaluate import confusion, contingency, grade, hungarian_match, kmeans_baseline, majority_match
 from .neighbors import center_crop, embed
 from .run_folder import Outcome, writing
@@ -134,6 +134,7 @@ def compare(
     index = torch.linspace(0, len(features) - 1, count).round().long()
     saved = Checkpoint(last.file.with_name('compare.pth.tar')) if last.file else None
     found, labeled = saved and saved.load(), {k: v for k, v in splits.items() if v.labels is not None}
+    found = from_first(found)   # another process may have found the file a moment later
     if found and (found['clusters'] or not labeled or not last.clusters): return found | dict(index=index)
     if not found: found = dict(points=embed_2d(features[index], last.recipe.seed), clusters={})
     if labeled and last.clusters: found['clusters'] = _kmeans(outcomes, labeled, device)
@@ -195,7 +196,7 @@ def _write_results(folder, metrics, splits, p, features, found): # p: probabilit
     first = metrics['fitted_on']
     for name, v in p.items():
         with writing(folder/('clusters.csv' if name == first else f'clusters-{name}.csv')) as f:
-            f.write(write_clusters(splits[name], v, metrics.get('names')).encode())
+            f.write(write_clusters(splits[name], v, metrics.get('names')).encode(errors='surrogateescape'))
     with writing(folder/'metrics.json') as f: f.write(json.dumps(metrics, indent=1).encode())
     save_examples(folder, splits[first], features, p.get(first), found['points'], found['index'])
 
