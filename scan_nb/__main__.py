@@ -6,5 +6,6 @@
 __all__ = []
 
 # %% ../nbs/13a_main.ipynb #13a00004
+#| eval: false
 from .cli import main
 if __name__ == '__main__': raise SystemExit(main())

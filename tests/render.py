@@ -2,6 +2,8 @@
 
     python tests/render.py readme      # writes README.md and its figures, nbs/images/index_*
     python tests/render.py docs        # writes _docs/*.html
+
+A cell under `#| hide` is left out, and of one under `#| hide-input` only the outputs are shown.
 """
 import logging
 import posixpath
@@ -16,9 +18,10 @@ LEAD = re.compile(r'\A(?:[ \t]*#[ \t]*\|.*\n?)+')
 LINK = re.compile(r'(\]\(|(?:src|href)=")(?![a-z]+:|[#/])([^)"\s]+)')
 
 def prepare(nb, link):
-    "Drop hidden cells and directive lines; `link` maps the target of each relative link in the prose."
+    "Drop hidden cells, inputs and directives; `link` maps the target of each relative link in the prose."
     nb.cells = [c for c in nb.cells if not directives(c).keys() & {'hide', 'default_exp'}]
     for c in nb.cells:
+        if 'hide-input' in directives(c): c.metadata.transient = {'remove_source': True}
         if c.cell_type == 'code': c.source = LEAD.sub('', c.source)
         else: c.source = LINK.sub(lambda m: m[1] + link(m[2]), c.source)
     nb.metadata.language_info = {'name': 'python', 'pygments_lexer': 'ipython3'}
@@ -31,6 +34,7 @@ def readme(path=NBS/'index.ipynb'):
     pictures = [o for o in outputs if any(kind.startswith('image/') for kind in o.get('data', {}))]
     for n, out in enumerate(pictures): out.metadata.filename = f'{path.stem}_{n}'
     text, found = MarkdownExporter().from_notebook_node(nb, {'output_files_dir': 'nbs/images'})
+    text = re.sub(r'^[ \t]+$', '', text, flags=re.M)
     return re.sub(r'\n{3,}', '\n\n', text).strip()+'\n', found['outputs']
 
 def write_readme():

@@ -26,8 +26,8 @@ from scan_nb import data, datasets
 from scan_nb.data import decode_image, digits, find_images, read_images
 from scan_nb.datasets import (
     DATASETS, DEBIAN_FASHION, as_image_set, cache_dir, cifar10, cifar20, cifar100, dataset_name,
-    fashion_mnist, image_folder, imagenet_subset, open_images, parse_time, split_by_day, stl10,
-    synthetic_aurora)
+    fashion_mnist, fingerprint_images, image_folder, imagenet_subset, load_splits, open_images, parse_time,
+    split_by_day, stl10, synthetic_aurora)
 
 @pytest.fixture
 def root(tmp_path): return tmp_path/'root'
@@ -914,3 +914,113 @@ def test_wrong_requests(four, tmp_path):
             place=dict(root=four, lables='y'))
     (tmp_path/'x.txt').touch()
     refused('is a file', open_images, str(tmp_path/'x.txt'))
+
+# -- the images of a run --
+
+def sizes(*args, **options): return {name: len(part) for name, part in load_splits(*args, **options).items()}
+
+def test_splits_of_a_data_set():
+    assert sizes('digits') == sizes('Digits', None) == dict(all=1797)
+    parts = load_splits('digits', 'digits')
+    assert {name: len(part) for name, part in parts.items()} == dict(train=1500, test=297)
+    assert torch.cat([part.images for part in parts.values()]).equal(digits().images)
+    assert [*sizes('digits', 'DIGITS')] == ['train', 'test']   # the first is learned from
+
+def test_splits_of_a_folder(four, home, table):
+    "All of it is learned from, unless a table says what is held out."
+    assert sizes(str(four)) == sizes(str(four), str(four)) == dict(all=4)
+    assert load_splits(str(four), size=7, channels=3)['all'].images.shape == (4, 3, 7, 7)
+    splits = table('path,split\na/1.png,train\na/2.png,test\nb/2.png,test\ntop.png,other\n')
+    env = dict(data=dict(mine=dict(root=str(four), splits=str(splits))))
+    assert sizes('mine', 'mine', env=env) == dict(train=1, test=2) and sizes('mine', env=env) == dict(all=3)
+    assert sizes('mine', env=dict(data=dict(mine=str(four)))) == dict(all=4)
+
+def test_held_out_images_of_another_name(four, home):
+    "Learned from one set, tested on another."
+    assert sizes(str(four), 'digits', size=8, channels=1) == dict(train=4, test=297)
+    with pytest.raises(data.UserError, match="no folder 'nowhere'"): load_splits('digits', 'nowhere')
+
+def test_stl_has_images_for_the_pretext_task_alone(root, home, cache):
+    write_stl(root)
+    env = dict(data={'STL10': dict(root=str(root), cache=str(cache))})   # names as people write them
+    assert sizes('stl-10', 'stl-10', env=env) == dict(train=6, test=4, pretext=11)
+    assert sizes('stl10', 'STL-10', env=env) == dict(train=6, test=4, pretext=11)
+    assert sizes('stl10', env=env) == dict(all=10)
+
+def test_the_environment_says_where_a_data_set_is(root, home, offline):
+    write_cifar10(root)
+    for name in ('cifar-10', 'cifar10', 'CIFAR_10'):
+        for asked in ('cifar-10', 'Cifar10'):
+            assert sizes(asked, asked, env=dict(data={name: str(root)})) == dict(train=35, test=7)
+    assert not offline
+    refused('is missing', load_splits, 'cifar-10', env=dict(data={'cifar-100': str(root)}))   # another's
+
+@pytest.mark.parametrize('env, name, words', [
+    ({}, 'imagenet', 'Where is ImageNet'), (None, 'imagenet_50', 'Where is ImageNet'),
+    (dict(data=dict(imagenet_50=dict(root='x'))), 'imagenet_50', 'Which classes'),
+    ({}, 'no-such-folder', 'no-such-folder'), (dict(data=None), 'digit', "did you mean 'digits'"),
+    (dict(data=dict(mine=dict(root='x', lables='y'))), 'mine', 'lables')])
+def test_images_that_are_not_to_be_had(env, name, words):
+    refused(words, load_splits, name, env=env)
+    refused(words, load_splits, name, name, env=env)
+
+def test_every_preset_names_images_that_can_be_opened(monkeypatch):
+    "Each name in a shipped recipe leads to the door of that data set, in all its parts."
+    from scan_nb.recipes import PRESETS
+    asked, named = [], {}
+    for name in DATASETS:
+        monkeypatch.setitem(datasets.DATASETS, name,
+                            lambda part, *_, name=name: asked.append((name, part)) or digits()[:5])
+    for recipe in PRESETS.values():
+        if recipe.scan.data: named[recipe.scan.data] = recipe.scan.test_data
+    assert named.keys() >= {'digits', 'fashion-mnist', 'cifar-10', 'stl-10', 'imagenet_50', 'aurora'}
+    for name, test in named.items():
+        asked.clear()
+        load_splits(name, test)
+        parts = ['train', 'test', *['pretext']*(name == 'stl-10')] if test else ['all']
+        assert asked == [(name, part) for part in parts]
+
+# -- which images --
+
+def test_a_fingerprint_is_of_the_images_alone():
+    d = digits()[:50]
+    bare, mapped = data.ImageSet(d.images.clone()), data.ImageSet(torch.from_numpy(d.images.numpy().copy()))
+    named = data.ImageSet(d.images, d.labels.flip(0), d.classes, [f'{i}.png' for i in range(50)])
+    want = fingerprint_images(d)
+    assert want.keys() == {'images', 'shape', 'sha256'}
+    assert (want['images'], want['shape'], len(want['sha256'])) == (50, [1, 8, 8], 20)
+    assert fingerprint_images(bare) == fingerprint_images(mapped) == fingerprint_images(named) == want
+    assert json.loads(json.dumps(want)) == want
+    strided = data.ImageSet(d.images.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2))
+    assert fingerprint_images(strided) == want   # however they lie in memory
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 49), st.integers(0, 7), st.integers(0, 7), st.integers(1, 255))
+def test_any_changed_pixel_is_noticed(i, y, x, change):
+    d = digits()[:50]
+    other = data.ImageSet(d.images.clone())
+    other.images[i, 0, y, x] ^= change
+    assert fingerprint_images(other)['sha256'] != fingerprint_images(d)['sha256']
+
+def test_order_number_and_shape_are_noticed():
+    d = digits()[:50]
+    found = [fingerprint_images(x) for x in (d, d[:49], d[torch.arange(49, -1, -1)],
+                                             data.ImageSet(d.images.view(50, 1, 4, 16)))]
+    assert len({repr(f) for f in found}) == 4
+
+def test_a_large_set_is_looked_at_here_and_there():
+    "A thousand of its images, the first and the last among them."
+    x = torch.zeros(100_001, 1, 1, 2, dtype=torch.uint8)
+    want = fingerprint_images(data.ImageSet(x))
+    assert want['images'] == 100_001
+    for i in (0, 100_000):
+        changed = x.clone()
+        changed[i] = 1
+        assert fingerprint_images(data.ImageSet(changed)) != want
+    assert fingerprint_images(data.ImageSet(x[:100_000])) != want
+
+def test_a_fingerprint_of_many_parts_is_one():
+    "More images than are hashed at a time."
+    x = torch.randint(256, (9000, 1, 2, 2), generator=torch.Generator().manual_seed(0)).byte()
+    whole = hashlib.sha256(x.numpy().tobytes()).hexdigest()[:20]
+    assert fingerprint_images(data.ImageSet(x))['sha256'] == whole

@@ -1,23 +1,27 @@
 "Two processes over gloo do what one does with the whole batch: losses, gradients, weights, features, files."
-import copy, json, os, subprocess, sys
+import copy, io, json, os, re, signal, subprocess, sys, time
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 import pytest, torch
 import torch.distributed as dist
-from scan_nb import distributed, moco, training
+from PIL import Image
+from scan_nb import distributed, moco, report, run_folder, training
 from scan_nb.augment_fast import SimCLRAugment
 from scan_nb.cli import main
-from scan_nb.data import UserError, digits
+from scan_nb.data import UserError, atomic_write, digits
 from scan_nb.distributed import (JointBatchNorm, batches, check_shares, from_first, gather, joined,
                                  own_numbers, place, processes, shares, update)
 from scan_nb.models import ClusteringModel, small_resnet
 from scan_nb.moco import MoCo, moco_step, shuffled_keys
 from scan_nb.neighbors import embed, embed_views
-from scan_nb.recipes import PretextRecipe, ScanRecipe, SelfLabelRecipe, to_yaml
+from scan_nb.recipe_files import to_yaml
+from scan_nb.recipes import PretextRecipe, Recipe, ScanRecipe, SelfLabelRecipe
 from scan_nb.scan import Pairs, _scan_step, logits_of, train_heads
 from scan_nb.selflabel import EMA, _step
 from scan_nb.simclr import simclr_step, train_simclr
 from scan_nb.training import Checkpoint, CosineSchedule, make_generator, seeded
+from shell import serve, two
 from torch import nn
 from torch.nn import functional as F
 
@@ -170,7 +174,8 @@ def process(rank, folder):
 def both(tmp_path_factory):
     "What each of two processes found."
     folder = tmp_path_factory.mktemp('two')
-    torch.multiprocessing.spawn(process, (folder,), nprocs=2)
+    serve()
+    torch.multiprocessing.start_processes(process, (folder,), nprocs=2, start_method='forkserver')
     return [torch.load(folder/f'{rank}.pt', weights_only=False) for rank in (0, 1)]
 
 def same(a, b):
@@ -293,47 +298,91 @@ def test_more_processes_than_gpus(monkeypatch):
 # ---- from a shell ------------------------------------------------------------------------------------------
 
 SHARED = dict(data='digits', test_data='digits', n_clusters=10, size=8, backbone='small_resnet',
-              backbone_options=dict(widths=[8, 16]), views='simclr', epochs=1, batch_size=250)
-RECIPES = dict(simclr=PretextRecipe(**SHARED, setup='simclr', lr=.1, n_neighbors=4),
-               scan=ScanRecipe(**SHARED, optimizer='adam', lr=1e-3, n_neighbors=4, heads_epochs=2),
-               selflabel=SelfLabelRecipe(**SHARED, optimizer='adam', threshold=.2))
+              backbone_options=dict(widths=[8, 16]), views='simclr', epochs=1, batch_size=500)
+RECIPE = Recipe(PretextRecipe(**SHARED, lr=.1, n_neighbors=4),
+                ScanRecipe(**SHARED, lr=1e-3, n_neighbors=4, heads_epochs=2, tried_heads=4),
+                SelfLabelRecipe(**SHARED, threshold=.2))
+
+def slow_disk():
+    "The first process writes slowly: nobody may read what is not there yet. (Figures take too long here.)"
+    def slowly(path):
+        time.sleep(.1)
+        return atomic_write(path)
+    if os.environ['RANK'] == '0': run_folder.atomic_write = training.atomic_write = slowly
+    report.draw_figures = lambda run: {}
 
 def words(name, folder, *more):
+    "A stage of the recipe, with its results in this folder."
+    folder.mkdir(exist_ok=True)
     (folder/'env.yml').write_text(f'root_dir: {folder}/results\n')
-    (folder/f'{name}.yml').write_text(to_yaml(RECIPES[name]))
-    return ['--config_env', f'{folder}/env.yml', '--config_exp', f'{folder}/{name}.yml', '--device', 'cpu',
-            *more]
+    (folder/'all.yml').write_text(to_yaml(RECIPE))
+    return [name, '--config_env', f'{folder}/env.yml', '--config_exp', f'{folder}/all.yml', '--device', 'cpu',
+            *map(str, more)]
 
-def torchrun(name, folder, *more):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', '-m', 'scan_nb', name]
-    return subprocess.run([*command, *words(name, folder, *more)], cwd=REPO, capture_output=True, text=True,
-                          env=os.environ | dict(OMP_NUM_THREADS='1'))
+def pair(*words, out):
+    "What the first of two processes says; the other one says nothing."
+    first, second = two(*words, out=out, first=slow_disk)
+    assert (first.exitcode, second.exitcode) == (0, 0), first.said()[1] + second.said()[1]
+    assert second.said() == ['', '']
+    return first.said()
+
+@pytest.fixture(scope='module')
+def chains(tmp_path_factory):
+    "Two stages, of two processes in the folder `two` and of one in `one`; and what was said."
+    root, said = tmp_path_factory.mktemp('chains'), {}
+    for name in ('simclr', 'scan'):
+        ours = pair(*words(name, root/'two'), out=root/name)
+        with redirect_stdout(io.StringIO()) as alone: assert main(words(name, root/'one')) == 0
+        said[name] = *ours, alone.getvalue()
+    return root, said
 
 def files(folder): return sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file())
 
-def test_torchrun_writes_what_one_process_writes(tmp_path, capsys):
-    two, one = tmp_path/'two', tmp_path/'one'
-    for folder in (two, one): folder.mkdir()
-    for name in ('simclr', 'scan'):
-        done = torchrun(name, two)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count(' begins: ') == 1 and done.stdout.count(' result: ') == 1
-        assert main([name, *words(name, one)]) == 0
-        assert [line.split(':')[0] for line in done.stdout.replace(str(two), str(one)).splitlines()] \
-            == [line.split(':')[0] for line in capsys.readouterr().out.splitlines()]
-        assert done.stderr.count('it/s') <= done.stderr.count(name) + done.stderr.count('heads')
-    assert files(two/'results') == files(one/'results')
-    for file in files(one/'results'):
-        if file.endswith('.pth.tar') and 'checkpoint' not in file:
-            a, b = (torch.load(folder/'results'/file, weights_only=True)['model'] for folder in (two, one))
-            assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
-    a, b = (json.loads((folder/'results/digits/scan/metrics.json').read_text()) for folder in (two, one))
-    assert a.keys() == b.keys() and all(a[k].keys() == b[k].keys() for k in a)
+def test_two_processes_write_and_say_what_one_does(chains):
+    root, said = chains
+    for bar, (out, err, alone) in zip(('1/4 SimCLR: 100%', '3/4 SCAN: 100%'), said.values()):
+        assert out.count(' begins: ') == 1 and out.count(' result: ') == 1 and bar in err
+        out, alone = ([line.split(':')[0] for line in text.splitlines()] for text in (
+            out.replace(str(root/'two'), str(root/'one')), alone))
+        assert out == alone
+    assert files(root/'two/results') == files(root/'one/results')
+    for file in files(root/'one/results'):
+        if not file.endswith('/model.pth.tar'): continue
+        a, b = (torch.load(root/n/'results'/file, weights_only=True)['model'] for n in ('two', 'one'))
+        assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
+    a, b = (json.loads((root/n/'results/digits/metrics.json').read_text()) for n in ('two', 'one'))
+    assert a.keys() == b.keys() and all(a['stages'][k].keys() == b['stages'][k].keys() for k in b['stages'])
+
+def test_two_processes_use_a_run_as_one_does(chains, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, 'draw_figures', lambda run: {})
+    run, pngs = chains[0]/'two/results/digits', [tmp_path/f'{i}.png' for i in range(9)]
+    for file, x in zip(pngs, digits().images[:, 0]): Image.fromarray(x.numpy()).save(file)
+    cpu, table, stage = ['--device', 'cpu'], tmp_path/'p.csv', partial(words, folder=chains[0]/'two')
+    for each in (['report', run], ['eval', run], ['eval', run, 'digits', *cpu], stage('scan'),   # done before
+                 [*stage('eval'), '--model', run/'scan/model.pth.tar'],
+                 ['predict', run, *pngs, *cpu], ['predict', run, *pngs, *cpu, '--out', table]):
+        out, err = pair(*each, out=tmp_path/'said')
+        assert main([str(w) for w in each]) == 0
+        assert out == capsys.readouterr().out and bool(out) == (table not in each), each
+    assert (run/'report.html').exists() and len(table.read_text().splitlines()) == 10
+
+def test_torchrun(tmp_path, capsys):
+    "The whole way, by torchrun itself: one report, one set of lines, the same as of one process."
+    run = ['run', 'digits', '--epochs', '1', '--recipe', words('', tmp_path)[4], '--device', 'cpu', '--out']
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', '-m', 'scan_nb', *run]
+    done = subprocess.run([*launch, str(tmp_path/'two')], cwd=REPO, capture_output=True, text=True,
+                          env=os.environ | dict(OMP_NUM_THREADS='1'))
+    assert done.returncode == 0, done.stderr
+    assert main([*run, str(tmp_path/'one')]) == 0
+    out, alone = done.stdout.replace(str(tmp_path/'two'), str(tmp_path/'one')), capsys.readouterr().out
+    shape = [re.sub(r'[\d.]+|–', '', line).split() for line in alone.splitlines() if 'Note' not in line]
+    assert [re.sub(r'[\d.]+|–', '', line).split() for line in out.splitlines() if 'Note' not in line] == shape
+    assert out.count('Report: ') == 1 and out.count('10 clusters of 1,500 images') == 1
+    assert files(tmp_path/'two') == files(tmp_path/'one')
 
 def test_a_batch_that_cannot_be_shared_is_refused_in_one_sentence(tmp_path):
-    done = torchrun('simclr', tmp_path, '--set', 'batch_size=33')
-    said = [line for line in done.stderr.splitlines() if line.startswith('scan-nb: ')]
-    assert said == ['scan-nb: A batch of 33 images cannot be shared equally by 2 processes: '
-                    'make batch_size a multiple of 2.']
-    assert 'exitcode  : 2' in done.stderr and done.returncode != 0 and not done.stdout
+    first, second = two(*words('simclr', tmp_path, '--set', 'batch_size=33'), out=tmp_path/'said')
+    assert first.said() == ['', 'scan-nb: A batch of 33 images cannot be shared equally by 2 processes: '
+                            'make batch_size a multiple of 2.\n']
+    assert first.exitcode == 2 and second.exitcode == -signal.SIGTERM and second.said() == ['', '']
     assert not (tmp_path/'results').exists()

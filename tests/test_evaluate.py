@@ -16,8 +16,8 @@ from sklearn.preprocessing import normalize
 from scan_nb import evaluate
 from scan_nb.data import UserError, digits
 from scan_nb.evaluate import (
-    adjusted_rand, cluster_metrics, confusion, contingency, hungarian_match, kmeans_baseline,
-    label_free_metrics, majority_match, match_accuracy, mutual_info, random_accuracy)
+    adjusted_rand, cluster_metrics, confusion, contingency, grade, hungarian_match, kmeans_baseline,
+    label_free_metrics, majority_match, match_accuracy, mutual_info, random_accuracy, top_k_accuracy)
 
 seeds = st.integers(0, 2**32 - 1)
 tables = hnp.array_shapes(min_dims=2, max_dims=2, max_side=5).flatmap(
@@ -288,3 +288,82 @@ def test_label_free_takes_half_precision_and_gradients():
                                torch.ones(4), torch.zeros(0, 3), torch.tensor([[1.5, -.5]])])
 def test_label_free_refuses_what_is_no_probability(p):
     with pytest.raises(UserError, match='sum to 1'): label_free_metrics(p)
+
+# -- all scores at once --
+
+@given(seeds, st.integers(2, 9), st.integers(1, 9), st.floats(0, .9))
+@settings(max_examples=60, deadline=None)
+def test_top_k_is_scikit_learns(seed, c, k, unknown):
+    g = torch.Generator().manual_seed(seed)
+    logits, labels = torch.randn(40, c, generator=g), torch.randint(c, (40,), generator=g)
+    match, hidden = torch.randperm(c, generator=g), torch.rand(40, generator=g) < unknown
+    hidden[0] = False
+    by_class = torch.empty_like(logits)
+    by_class[:, match] = logits
+    found = top_k_accuracy(logits, torch.where(hidden, -1, labels), match, k)
+    if k >= c: assert found == 1
+    elif c == 2: assert found == metrics.accuracy_score(labels[~hidden], by_class[~hidden].argmax(1))
+    else: assert found == pytest.approx(
+        metrics.top_k_accuracy_score(labels[~hidden], by_class[~hidden], k=k, labels=range(c)))
+
+def test_guesses_are_of_clusters_that_have_a_class():
+    "More clusters than classes: one without a class is no guess, and takes no place among the k."
+    logits, labels = torch.tensor([[9., 2., 1.], [9., 1., 2.], [9., 2., 1.]]), torch.tensor([0, 1, 1])
+    match = torch.tensor([-1, 0, 1])
+    assert top_k_accuracy(logits, labels, match, 1) == pytest.approx(2/3)
+    assert top_k_accuracy(logits, labels, match, 2) == top_k_accuracy(logits, labels, match, 5) == 1
+
+@given(seeds, st.integers(1, 60), st.integers(1, 8), st.integers(1, 8), st.sampled_from([0, .4, 1]))
+@settings(max_examples=60, deadline=None)
+def test_a_grade_is_all_scores_together(seed, n, k, c, unknown):
+    "Of any number of images, clusters and classes, with labels of all, of some or of none."
+    g = torch.Generator().manual_seed(seed)
+    p, labels = torch.randn(n, k, generator=g).softmax(1), torch.randint(c, (n,), generator=g)
+    labels[torch.rand(n, generator=g) < unknown] = -1
+    clusters, known = p.argmax(1), bool((labels >= 0).any())
+    found = grade(clusters, labels, p)
+    want = dict(n_images=n, n_clusters=len(set(clusters.tolist()))) | label_free_metrics(p)
+    if known: want = cluster_metrics(clusters, labels) | want
+    top5 = {key: found[key] for key in ('top5',) if key in found}
+    assert found == want | top5 and json.loads(json.dumps(found)) == found
+    classes = int(labels.max()) + 1
+    assert bool(top5) == (known and min(k, classes) >= 5)
+    if top5: assert found['acc'] <= top5['top5'] <= 1
+    assert grade(clusters, labels) == {key: v for key, v in found.items()
+                                       if key not in ('top5', *label_free_metrics(p))}
+
+def test_grades_without_or_with_few_labels():
+    p = (torch.eye(6)[torch.arange(60) % 6]*9).softmax(1)
+    none = grade(p.argmax(1), None, p)
+    assert none.keys() == {'n_images', 'n_clusters', 'effective_clusters', 'mean_confidence', 'sizes'}
+    assert (none['n_images'], none['n_clusters'], none['sizes']) == (60, 6, [10]*6)
+    assert none['effective_clusters'] == pytest.approx(6)
+    labels = torch.full((60,), -1)
+    assert grade(p.argmax(1), labels, p) == none
+    labels[:6] = torch.arange(6).roll(2)
+    few = grade(p.argmax(1), labels, p)
+    assert few | none == few and few['acc'] == few['top5'] == few['nmi'] == 1 and few['n_classes'] == 6
+    labels[3:] = -1
+    assert grade(p.argmax(1), labels, p)['acc'] == 1 and 'top5' in grade(p.argmax(1), labels, p)
+
+def test_a_grade_counts_clusters_of_all_images():
+    "Also of those without a label."
+    found = grade(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 0, -1, -1]))
+    assert found['n_images'] == 4 and found['n_clusters'] == 4
+
+@pytest.mark.parametrize('kind', [torch.Tensor.int, torch.Tensor.numpy, torch.Tensor.tolist])
+def test_a_grade_takes_clusters_of_any_kind(kind):
+    clusters, labels = torch.arange(12) % 3, torch.arange(12) % 3
+    assert grade(kind(clusters), labels) == grade(clusters, labels) and grade(clusters, labels)['acc'] == 1
+
+def test_a_grade_leaves_its_input_alone():
+    clusters, labels = torch.arange(12).int() % 3, torch.arange(12) % 3 - 1
+    p = torch.eye(3)[clusters.long()]
+    before = [x.clone() for x in (clusters, labels, p)]
+    grade(clusters, labels, p)
+    assert all(torch.equal(a, b) for a, b in zip((clusters, labels, p), before))
+
+def test_a_grade_refuses_what_does_not_fit():
+    for labels, p, said in ((torch.zeros(5).long(), None, '12 clusters but 5 labels'),
+                            (None, torch.randn(12, 3), 'sum to 1')):
+        with pytest.raises(UserError, match=said): grade(torch.zeros(12).long(), labels, p)

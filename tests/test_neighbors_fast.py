@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from scan_nb import neighbors, neighbors_fast
-from scan_nb.data import UserError
+from scan_nb.data import ImageSet, UserError
 from scan_nb.neighbors import unit_rows
-from scan_nb.neighbors_fast import mine_neighbors, weighted_knn
+from scan_nb.neighbors_fast import mine_neighbors, score_neighbors, weighted_knn
 from test_neighbors import check, cosines, normal, one_thread   # noqa: F401
 
 # ---- the two shortcuts -------------------------------------------------------------------------------------
@@ -135,3 +135,78 @@ def test_it_takes_what_the_lesson_takes(name):
     fast, lesson = (inspect.signature(getattr(m, name)).parameters for m in (neighbors_fast, neighbors))
     assert lesson.keys() - {'largest'} <= fast.keys()
     assert all(fast[p].default == lesson[p].default for p in lesson.keys() - {'largest'})
+
+# ---- their scores ------------------------------------------------------------------------------------------
+
+def labeled(n, labels): return ImageSet(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), labels)
+
+def hidden_labels(n, c, unknown, seed):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(c, (n,), generator=g)
+    return labels.masked_fill(torch.rand(n, generator=g) < unknown, -1)
+
+def brute_force(y, z, near, voters, voters_z, alone):
+    "Both scores by loops in float64: pairs of known labels; a vote of 20 among known labels."
+    pairs = [y[i] == y[j] for i in range(len(y)) for j in near[i].tolist() if y[i] >= 0 and y[j] >= 0]
+    scores = dict(n_images=len(y)) | (dict(neighbor_accuracy=np.mean(pairs)) if pairs else {})
+    cosine, right = cosines(z, voters_z), []
+    for i in range(len(y)):
+        may = [j for j in range(len(voters)) if voters[j] >= 0 and not (alone and i == j)]
+        if y[i] < 0 or not may: continue
+        votes = np.zeros(voters.max() + 1)
+        for j in sorted(may, key=lambda j: -cosine[i, j])[:20]: votes[voters[j]] += np.exp(cosine[i, j]/.07)
+        right.append(votes.argmax() == y[i])
+    return scores | (dict(knn_accuracy=np.mean(right)) if right else {})
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(2, 45), c=st.integers(1, 4), unknown=st.sampled_from([0, .3, .9, 1]),
+       share=st.floats(0, 1), seed=st.integers(0, 10**6))
+def test_scores_are_the_brute_force(n, c, unknown, share, seed):
+    y, z = hidden_labels(n, c, unknown, seed), normal(n, 6, seed=seed)
+    near, data = mine_neighbors(z, 1 + int(share*(n - 2))), labeled(n, y)
+    found = score_neighbors(data, z, near, data, z)
+    assert found == pytest.approx(brute_force(y, z, near, y, z, True)) and all(0 <= v for v in found.values())
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(2, 30), m=st.integers(1, 45), unknown=st.sampled_from([0, .3, 1]),
+       silent=st.sampled_from([0, .3, .95, 1]), seed=st.integers(0, 10**6))
+def test_scores_of_held_out_images_are_the_brute_force(n, m, unknown, silent, seed):
+    "Those learned from vote, and only those whose label is known."
+    y, z = hidden_labels(n, 3, unknown, seed), normal(n, 6, seed=seed)
+    voters, voters_z = hidden_labels(m, 3, silent, seed + 1), normal(m, 6, seed=seed + 1)
+    near = mine_neighbors(z, min(3, n - 1))
+    found = score_neighbors(labeled(n, y), z, near, labeled(m, voters), voters_z)
+    assert found == pytest.approx(brute_force(y, z, near, voters, voters_z, False))
+
+def test_scores_without_or_with_few_labels():
+    n, z = 30, normal(30, 4)
+    near, some = mine_neighbors(z, 5), torch.arange(30) % 3
+    def score(labels, voters=...):
+        data = labeled(n, labels)
+        return score_neighbors(data, z, near, data if voters is ... else labeled(n, voters), z)
+    assert score(None) == score(None, some) == score(some, None) == dict(n_images=30)
+    nothing = torch.full((30,), -1)
+    assert score(nothing) == score(nothing, some) == dict(n_images=30)
+    one = nothing.clone()
+    one[4] = 2
+    assert score(one) == dict(n_images=30)                      # nobody to ask, no pair to compare
+    assert score(one, some).keys() == {'n_images', 'knn_accuracy'}
+    assert score(one, one) == dict(n_images=30, knn_accuracy=1)  # another set: its image may vote for itself
+    two = one.clone()
+    two[int(near[4, 0])] = 2
+    assert score(two) == dict(n_images=30, neighbor_accuracy=1, knn_accuracy=1)
+
+def test_a_set_votes_without_the_image_itself():
+    "Pairs of equal images with unequal labels: each is told the other's."
+    z, labels = normal(10, 4).repeat_interleave(2, 0), torch.arange(20) % 2
+    data, near = labeled(20, labels), mine_neighbors(z, 1)
+    found = score_neighbors(data, z, near, data, z)
+    assert found['neighbor_accuracy'] == 0 and found['knn_accuracy'] < .9
+    assert found == pytest.approx(brute_force(labels, z, near, labels, z, True))
+
+def test_scores_leave_their_input_alone():
+    z, labels = normal(20, 4), torch.arange(20) % 3 - 1
+    data, near = labeled(20, labels), mine_neighbors(z, 3)
+    before = [x.clone() for x in (z, near, labels)]
+    score_neighbors(data, z, near, data, z)
+    assert all(torch.equal(a, b) for a, b in zip((z, near, data.labels), before))

@@ -1,98 +1,108 @@
-"The estimator and the run folder: kill and continue, equal runs, no label used, every bad input refused."
-import csv, inspect, io, json, os, shutil, signal, subprocess, sys, textwrap
+"The estimator: equal runs, any kill survived, labels that only grade, scikit-learn's ways, wrong input refused."
+import csv, inspect, io, json, os, pathlib, shutil, signal, subprocess, sys, textwrap
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-import pytest, torch, yaml
-from hypothesis import given, settings as hypothesis_settings, strategies as st
+import pytest, sklearn.exceptions, torch
 from PIL import Image
-from sklearn.base import clone
-from scan_nb import pipeline
-from scan_nb.augment_fast import SimCLRAugment
+from sklearn.base import clone, is_clusterer
+from test_stages import (HOMES, OTHER, TINY, Killed, content, die_at_every_write, listing, never, plain,
+                         three_digits, until_done)
+from torch.nn import functional as F
+from scan_nb import moco, pipeline, recipes, report, scan as scan_module, selflabel, simclr, stages, training
 from scan_nb.data import ImageSet, UserError, digits
 from scan_nb.evaluate import cluster_metrics, kmeans_baseline
-from scan_nb.pipeline import (EPOCHS, PRESETS, SCAN, auto_epochs, list_differences, make_views, open_run,
-                              read_recipe, resolve, write_clusters)
-from scan_nb.report import write_report
+from scan_nb.neighbors_fast import mine_neighbors
+from scan_nb.pipeline import SCAN
+from scan_nb.recipe_files import load_stages, to_yaml
+from scan_nb.recipes import FOLDER, PRESETS, Recipe
+from scan_nb.report import summarize, write_report
+from scan_nb.run_folder import read_run
+from scan_nb.stages import run_pretext, run_scan
 from scan_nb.training import Checkpoint
 
 REPO = Path(__file__).parents[1]
-TINY = dict(n_clusters=3, widths=(8, 16), pretext_epochs=2, pretext_batch=32, n_neighbors=3, n_heads=2,
-            heads_epochs=3, scan_epochs=2, scan_batch=32, selflabel_epochs=2, selflabel_batch=32,
-            device='cpu')
-RESULTS = ['clusters.csv', 'metrics.jsonl', 'model.safetensors', 'embeddings.npy', 'recipe.yml']
-
 pytestmark = pytest.mark.usefixtures('one_thread')
 
+@pytest.fixture(scope='module', autouse=True)
+def _plain_map():
+    "The map is no matter here."
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(report, 'embed_2d', lambda z, seed: z[:, :2].clone())
+        yield
+
 @pytest.fixture(autouse=True)
-def _no_report(monkeypatch):
-    "A second saved for each run; `whole` is made before, with a report."
+def _no_page(monkeypatch):
+    "Seconds saved for each run; `whole` is made before, with a page."
     monkeypatch.setattr(pipeline, 'write_report', lambda folder: None)
 
 @pytest.fixture(scope='module')
-def data(): return digits()[:96]
+def data(): return three_digits()
+
+def tiny(out=None, /, recipe=TINY, **options): return SCAN(recipe=recipe, device='cpu', out=out, **options)
 
 @pytest.fixture(scope='module')
 def whole(data, tmp_path_factory):
     "One run from beginning to end: the estimator and its folder."
     folder = tmp_path_factory.mktemp('whole')/'run'
-    return SCAN(**TINY, out=folder).fit(data), folder
+    return tiny(folder).fit(data), folder
 
-def content(folder): return {name: (folder/name).read_bytes() for name in RESULTS}
+@pytest.fixture(scope='module')
+def blind(data): return tiny().fit(data.images)
 
-def listing(folder): return {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+@pytest.fixture
+def copy(whole, tmp_path):
+    shutil.copytree(whole[1], tmp_path/'run')
+    return tmp_path/'run'
+
+def rows_of(file): return list(csv.DictReader(io.StringIO(file.read_text())))
+
+def results(folder): # what a run leaves; pages and pictures are made of it
+    return {k: v for k, v in content(folder).items() if not k.startswith(('figures/', 'report.html'))}
 
 # -- results --
 
 def test_attributes(whole, data):
     scan, _ = whole
-    assert scan.labels_.shape == (96,) and scan.labels_.dtype == np.int64 and set(scan.labels_) <= {0, 1, 2}
-    assert scan.embeddings_.shape == (96, 16) and scan.neighbors_.shape == (96, 3)
-    assert {k: len(v) for k, v in scan.history_.items() if v} == dict(pretext=2, heads=3, scan=2, selflabel=2)
-    assert all(isinstance(s['reason'], str) and s['reason'] for s in scan.stages_.values())
+    assert scan.labels_.shape == (90,) and scan.labels_.dtype == np.int64 and {*scan.labels_} <= {0, 1, 2}
+    assert scan.embeddings_.shape == (90, 16) and scan.neighbors_.shape == (90, 3) and scan.shape_ == [1, 8, 8]
+    assert {k: len(v) for k, v in scan.history_.items() if v} == dict(pretext=2, heads=1, scan=2, selflabel=2)
+    assert list(scan.stages_) == ['pretext', 'neighbors', 'heads', 'scan', 'selflabel']
+    assert scan.recipe_ == Recipe.for_images(data, base=TINY)
 
-def test_folder_holds_everything(whole):
-    names = {p.relative_to(whole[1]).as_posix() for p in whole[1].rglob('*') if p.is_file()}
-    assert names >= {*RESULTS, 'neighbors.npz', 'metrics.json', 'report.html', 'checkpoints/pretext.pt',
-                     'checkpoints/heads.pt', 'checkpoints/scan.pt', 'checkpoints/selflabel.pt',
-                     'figures/map.png'}
-    assert not [n for n in names if 'running' in n or n.startswith('.')]
+def test_the_folder_holds_everything(whole):
+    names = {f.relative_to(whole[1]).as_posix() for f in whole[1].rglob('*') if f.is_file()}
+    assert names >= {'clusters.csv', 'metrics.json', 'recipe.yml', 'model.safetensors', 'examples.npz', 'report.html',
+                     'figures/map.png', 'selflabel/compare.pth.tar', *(f'{home}/model.pth.tar' for home in HOMES)}
+    assert not [name for name in names if '/.' in f'/{name}']
 
 def test_files_agree_with_attributes(whole, data):
     scan, folder = whole
-    rows = list(csv.DictReader(io.StringIO((folder/'clusters.csv').read_text())))
-    assert list(rows[0]) == ['path', 'index', 'cluster', 'confidence']
+    rows = rows_of(folder/'clusters.csv')
+    assert list(rows[0]) == ['path', 'index', 'cluster', 'confidence', 'name']
     assert [int(r['cluster']) for r in rows] == scan.labels_.tolist()
-    assert [int(r['index']) for r in rows] == list(range(96))
-    np.testing.assert_allclose([float(r['confidence']) for r in rows], scan.predict_proba(data).max(1),
-                               atol=1e-6)
-    np.testing.assert_array_equal(np.load(folder/'embeddings.npy'), scan.embeddings_)
-    np.testing.assert_array_equal(np.load(folder/'neighbors.npz')['neighbors'], scan.neighbors_)
-    lines = [json.loads(line) for line in (folder/'metrics.jsonl').read_text().splitlines()]
+    assert [int(r['index']) for r in rows] == list(range(90)) and {r['path'] for r in rows} == {''}
+    assert [r['name'] for r in rows] == [scan.metrics_['names'][k] for k in scan.labels_]
+    np.testing.assert_allclose([float(r['confidence']) for r in rows], scan.predict_proba(data).max(1), atol=1e-6)
+    np.testing.assert_array_equal(np.load(folder/'pretext/simclr/embeddings.npy'), scan.embeddings_)
+    np.testing.assert_array_equal(np.load(folder/'pretext/simclr/topk-train-neighbors.npy'), scan.neighbors_)
+    lines = [json.loads(line) for home in HOMES for line in (folder/home/'metrics.jsonl').read_text().splitlines()]
     assert lines == [dict(stage=k, **row) for k, rows in scan.history_.items() for row in rows]
+    assert json.loads((folder/'metrics.json').read_text()) == scan.metrics_
+    assert load_stages(folder/'recipe.yml') == scan.recipe_.stages
 
 def test_metrics(whole, data):
-    metrics = json.loads((whole[1]/'metrics.json').read_text())
-    expected = cluster_metrics(whole[0].labels_, data.labels)
-    final = metrics['splits']['all']
-    assert {k: final[k] for k in expected} == expected
-    assert {k: metrics[k] for k in ('acc', 'nmi', 'ari', 'n_clusters')} == {
-        k: expected[k] for k in ('acc', 'nmi', 'ari', 'n_clusters')}
+    scan, metrics = whole[0], whole[0].metrics_
+    expected, final = cluster_metrics(scan.labels_, data.labels), metrics['splits']['all']
+    assert {k: final[k] for k in expected} == expected == {k: v for k, v in scan.scores(data).items() if k in expected}
+    for k in ('acc', 'nmi', 'ari', 'n_clusters'): assert metrics[k] == expected[k]
     assert metrics['seconds'] > 0 and metrics['classes'] == data.classes and metrics['skipped'] == []
-    assert final == metrics['stages']['selflabel']['splits']['all'] and sum(final['sizes']) == 96
-    pixels = cluster_metrics(kmeans_baseline(data.images, 3, seed=0), data.labels)
+    assert final == metrics['stages']['selflabel']['splits']['all'] and sum(final['sizes']) == 90
+    assert [metrics[k] for k in ('images', 'fitted_on', 'split', 'device')] == [dict(all=90), 'all', 'all', 'cpu']
+    pixels = cluster_metrics(kmeans_baseline(data.images, 3, seed=3), data.labels)
     assert metrics['baselines']['kmeans_pixels']['all']['acc'] == pixels['acc']
-    features = kmeans_baseline(torch.from_numpy(whole[0].embeddings_), 3, seed=0, normalize=True)
-    nmi = cluster_metrics(features, data.labels)['nmi']
-    assert metrics['baselines']['kmeans_features']['all']['nmi'] == nmi
-
-def test_recipe_says_all_that_was_done(whole):
-    recipe = yaml.safe_load((whole[1]/'recipe.yml').read_text())
-    unused = {name for name, value in recipe['settings'].items() if value is None}
-    assert unused == {'prior', 'second_views'}   # classes of equal size, one network
-    assert recipe['settings']['stem_stride'] == 1 and recipe['settings']['device'] == 'cpu'
-    assert recipe['data']['images'] == 96 and recipe['data']['shape'] == [1, 8, 8]
-    assert not {'out', 'progress'} & recipe['settings'].keys()
+    features = kmeans_baseline(torch.from_numpy(scan.embeddings_), 3, seed=3, normalize=True)
+    assert metrics['baselines']['kmeans_features']['all']['nmi'] == cluster_metrics(features, data.labels)['nmi']
 
 def test_predict_is_the_same_for_any_container(whole, data):
     scan, x = whole[0], data.images
@@ -106,228 +116,290 @@ def test_predict_is_the_same_for_any_container(whole, data):
 def test_score(whole, data):
     scan = whole[0]
     assert scan.score(data) == cluster_metrics(scan.labels_, data.labels)['acc']
-    for labels in (data.labels, data.labels.numpy()):
+    for labels in (data.labels, data.labels.numpy(), data.labels.tolist()):
         assert scan.score(data.images, labels) == scan.score(data)
-    with pytest.raises(UserError, match='no labels'): scan.score(data.images)
+    for labels in (None, torch.full((90,), -1)):
+        with pytest.raises(UserError, match='no labels'): scan.score(data.images, labels)
 
 # -- the same again --
 
 def test_two_runs_are_equal(whole, data, tmp_path):
-    SCAN(**TINY, out=tmp_path/'b').fit(data)
-    assert content(tmp_path/'b') == content(whole[1])
+    tiny(tmp_path/'b').fit(data)
+    assert results(tmp_path/'b') == results(whole[1])
 
 def test_without_a_folder_nothing_is_written(whole, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    np.testing.assert_array_equal(SCAN(**TINY).fit_predict(data), whole[0].labels_)
-    assert not list(tmp_path.iterdir())
+    scan = tiny()
+    np.testing.assert_array_equal(scan.fit_predict(data), whole[0].labels_)
+    assert plain(scan.metrics_) == plain(whole[0].metrics_) and not list(tmp_path.iterdir())
 
-def test_labels_change_nothing_but_the_scores(whole, data, tmp_path):
-    blind = SCAN(**TINY, out=tmp_path/'blind').fit(data.images)
-    shuffled = SCAN(**TINY).fit(data.images, labels=data.labels.flip(0))
-    for scan in (blind, shuffled): np.testing.assert_array_equal(scan.labels_, whole[0].labels_)
-    assert (tmp_path/'blind/model.safetensors').read_bytes() == (whole[1]/'model.safetensors').read_bytes()
-    text = (tmp_path/'blind/metrics.json').read_text() + (tmp_path/'blind/metrics.jsonl').read_text()
-    assert not [k for k in ('acc"', 'nmi', 'ari"', 'purity', 'recall', 'kmeans', 'classes') if k in text]
+def test_labels_change_nothing_but_the_scores(whole, blind, data, tmp_path):
+    shuffled = tiny(tmp_path/'run').fit(data.images, labels=data.labels.roll(7))
+    for scan in (blind, shuffled):
+        assert plain(scan.model_.state_dict()) == plain(whole[0].model_.state_dict())
+        for name in ('labels_', 'embeddings_', 'neighbors_'): assert np.array_equal(*(getattr(s, name) for s in (scan, whole[0])))
+    assert not [k for k in ('acc"', 'nmi', 'ari"', 'accuracy', 'purity', 'recall', 'kmeans', 'classes')
+                if k in json.dumps(blind.metrics_)]
     assert shuffled.metrics_['acc'] != whole[0].metrics_['acc']
+    assert (tmp_path/'run/model.safetensors').read_bytes() == (whole[1]/'model.safetensors').read_bytes()
 
-def test_seed_matters(whole, data):
-    other = SCAN(**TINY, seed=1).fit(data)
-    assert not np.array_equal(other.embeddings_, whole[0].embeddings_)
+def test_labels_that_are_all_unknown_are_none(blind, data):
+    unknown = tiny().fit(data.images, labels=torch.full((90,), -1))
+    assert plain(unknown.metrics_) == plain(blind.metrics_)
+
+def test_unlabeled_images_among_labeled_ones(data):
+    partly = data.labels.clone().index_fill_(0, torch.arange(0, 90, 2), -1)
+    metrics = tiny().fit(data.images, labels=partly).metrics_
+    assert 0 < metrics['acc'] <= 1 and metrics['splits']['all']['n_images'] == 90
+
+def test_grades_are_those_of_the_labels_at_hand(copy, whole, blind, data):
+    "The folder is the same, the labels are others: so are all scores, and nothing is left of the old ones."
+    other = data.labels.roll(7)
+    wanted, page = tiny().fit(data.images, labels=other).metrics_, tiny(copy)
+    for labels, want in ((other, wanted), (None, blind.metrics_), (data.labels, whole[0].metrics_)):
+        found = page.fit(data.images, labels=labels).metrics_
+        for key in want.keys() | found.keys() - {'history', 'seconds', 'classes', 'names'}:
+            if key != 'history': assert plain(found.get(key)) == plain(want.get(key)), key
+    assert json.loads((copy/'metrics.json').read_text()) == found
+
+def test_labels_that_come_later(data, tmp_path):
+    train, test = data[::2], data[1::2]
+    tiny(tmp_path).fit(train, test=test.images)
+    found, wanted = (tiny(folder).fit(train, test=test).metrics_ for folder in (tmp_path, None))
+    for key in wanted.keys() - {'history', 'seconds'}: assert plain(found[key]) == plain(wanted[key]), key
+
+def test_seed_and_clusters_go_before_the_recipe(whole, data):
+    for scan in (tiny(seed=4), tiny(recipe=TINY.change({'seed': 4}))):
+        assert not np.array_equal(scan.fit(data).embeddings_, whole[0].embeddings_) and scan.recipe_.seed == 4
+    assert tiny(n_clusters=5).fit(data).predict_proba(data).shape == (90, 5)
 
 def test_global_random_numbers_are_left_alone(data):
-    torch.manual_seed(3); np.random.seed(3)
+    torch.manual_seed(3)
+    np.random.seed(3)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    SCAN(**TINY).fit(data)
+    tiny().fit(data)
     assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
 
 def test_held_out_images(data, tmp_path):
-    scan = SCAN(**TINY, out=tmp_path/'run').fit(data[:64], test=data[64:])
+    train, test = data[::2], data[1::2]
+    scan = tiny(tmp_path/'run').fit(train, test=test)
     metrics = scan.metrics_
     assert list(metrics['splits']) == ['train', 'test'] and metrics['split'] == 'test'
-    assert metrics['acc'] == scan.score(data[64:]) == metrics['splits']['test']['acc']
-    assert metrics['splits']['train']['n_images'] == 64 and len(scan.labels_) == 64
-    rows = list(csv.DictReader(io.StringIO((tmp_path/'run/clusters-test.csv').read_text())))
-    assert [int(r['cluster']) for r in rows] == scan.predict(data[64:]).tolist()
-    alone = SCAN(**TINY).fit(data[:64])
+    assert metrics['acc'] == scan.score(test) == metrics['splits']['test']['acc']
+    assert metrics['splits']['train']['n_images'] == 45 == len(scan.labels_)
+    for name, part in (('', train), ('-test', test)):
+        rows = rows_of(tmp_path/f'run/clusters{name}.csv')
+        assert [int(r['cluster']) for r in rows] == scan.predict(part).tolist()
+    alone = tiny().fit(train)
     np.testing.assert_array_equal(alone.labels_, scan.labels_)
 
-def test_steps_can_be_left_out(data):
-    scan = SCAN(**TINY | dict(scan_epochs=0, selflabel_epochs=0)).fit(data)
-    assert list(scan.stages_) == ['pretext', 'neighbors', 'heads', 'compare']
+@pytest.mark.parametrize('labeled', ['train', 'test'])
+def test_only_some_images_have_labels(labeled, data, tmp_path):
+    parts = dict(train=data[::2], test=data[1::2])
+    parts |= {k: v.images for k, v in parts.items() if k != labeled}
+    scan = tiny(tmp_path/'run').fit(parts['train'], test=parts['test'])
+    assert {k for k, v in scan.metrics_['splits'].items() if 'acc' in v} == {labeled}
+    assert {k for v in scan.metrics_['baselines'].values() for k in v} == {labeled}
+    assert ('acc' in scan.metrics_) == (labeled == 'test')
+    write_report(tmp_path/'run')
+
+def test_more_images_for_the_pretext_task(data, whole):
+    more = ImageSet(digits().images[200:380], torch.full((180,), -1))
+    scan = tiny().fit(data, pretext=more)
+    assert scan.embeddings_.shape == (90, 16) and len(scan.labels_) == 90 and scan.metrics_['images'] == dict(all=90)
+    assert plain(scan.history_['pretext']) != plain(whole[0].history_['pretext'])
+    with pytest.raises(UserError, match='1×8×8'): tiny().fit(data, pretext=torch.zeros(9, 9, 9).byte())
+
+def test_stages_can_be_left_out(data):
+    scan = tiny(recipe=TINY.change({'scan.epochs': 0, 'selflabel.epochs': 0})).fit(data)
+    assert list(scan.stages_) == ['pretext', 'neighbors', 'heads']
     assert scan.metrics_['acc'] == scan.stages_['heads']['splits']['all']['acc']
 
 # -- killed and continued --
-
-class Killed(BaseException): pass
 
 def killing(monkeypatch, at, after):
     "Die at the at-th checkpoint that is written, before or after it is on disk; the count goes on over runs."
     save, written = Checkpoint.save, []
     def deadly(self, **state):
-        if len(written) + 1 == at and not after: written.append(0); raise Killed
+        written.append(self.path.name)
+        if len(written) == at and not after: raise Killed
         save(self, **state)
-        written.append(0)
-        if len(written) == at and after: raise Killed
+        if len(written) == at: raise Killed
     monkeypatch.setattr(Checkpoint, 'save', deadly)
     return written
 
-@pytest.mark.parametrize('after', [False, True])
-@pytest.mark.parametrize('at', range(1, 13))
-def test_killed_anywhere_continues_to_the_bit(whole, data, tmp_path, monkeypatch, at, after):
+@pytest.mark.parametrize('after', [False, True], ids=['before', 'after'])
+@pytest.mark.parametrize('at', range(1, 12))
+def test_killed_anywhere_continues_to_the_bit(at, after, whole, data, tmp_path, monkeypatch):
     killing(monkeypatch, at, after)
-    with pytest.raises(Killed): SCAN(**TINY, out=tmp_path/'run').fit(data)
-    scan = SCAN(**TINY, out=tmp_path/'run').fit(data)
-    assert content(tmp_path/'run') == content(whole[1])
-    epochs = lambda scan: {k: v['epochs'] for k, v in scan.stages_.items()}
-    assert epochs(scan) == epochs(whole[0])
-    assert not list((tmp_path/'run').rglob('*running*'))
+    with pytest.raises(Killed): tiny(tmp_path/'run').fit(data)
+    scan = tiny(tmp_path/'run').fit(data)
+    assert results(tmp_path/'run') == results(whole[1])
+    assert {k: s['epochs'] for k, s in scan.stages_.items()} == {k: s['epochs'] for k, s in whole[0].stages_.items()}
+    assert plain(scan.metrics_) == plain(whole[0].metrics_)
 
-def test_there_are_twelve_checkpoints(data, tmp_path, monkeypatch):
-    "Epochs of pretext, scan, selflabel, and six finished stages: the test above kills at each of them."
+def test_there_are_eleven_checkpoints(data, tmp_path, monkeypatch):
+    "The test above kills at each of them."
+    stage = ['checkpoint.pth.tar']*2 + ['outcome.pth.tar']
     written = killing(monkeypatch, 99, True)
-    SCAN(**TINY, out=tmp_path/'run').fit(data)
-    assert len(written) == 2 + 2 + 2 + 6
+    tiny(tmp_path/'run').fit(data)
+    assert written == [*stage, 'heads.pth.tar', *stage, *stage, 'compare.pth.tar']
+
+def test_killed_at_every_file_and_continued(whole, data, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        deaths = die_at_every_write(m, True)
+        until_done(lambda: tiny(tmp_path/'run').fit(data))
+    assert results(tmp_path/'run') == results(whole[1])
+    assert {f.name for f in deaths} >= {'clusters.csv', 'metrics.json', 'examples.npz', 'compare.pth.tar', 'heads.pth.tar',
+                                        'model.safetensors', 'recipe.yml', 'stage.json', 'outcome.pth.tar'}
 
 def test_a_real_kill(whole, tmp_path):
     program = textwrap.dedent(f'''
-        import os, signal, torch
+        import os, signal, sys, torch
+        sys.path.insert(0, {str(REPO/'tests')!r})
         torch.set_num_threads(1)
-        from scan_nb import pipeline
-        from scan_nb.data import digits
-        save = pipeline.RunningCheckpoint.save
+        from test_stages import TINY, three_digits
+        from scan_nb.pipeline import SCAN
+        from scan_nb.training import Checkpoint
+        save = Checkpoint.save
         def deadly(self, **state):
             save(self, **state)
-            if self.stage == 'scan': os.kill(os.getpid(), signal.SIGKILL)
-        pipeline.RunningCheckpoint.save = deadly
-        pipeline.SCAN(**{TINY!r}, out={str(tmp_path/'run')!r}).fit(digits()[:96])''')
-    env = {**os.environ, 'PYTHONPATH': str(REPO)}
+            if self.path.parts[-2:] == ('scan', 'checkpoint.pth.tar'): os.kill(os.getpid(), signal.SIGKILL)
+        Checkpoint.save = deadly
+        SCAN(recipe=TINY, device='cpu', out={str(tmp_path/'run')!r}).fit(three_digits())''')
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(REPO), os.environ.get('PYTHONPATH', '')])}
     assert subprocess.run([sys.executable, '-c', program], env=env).returncode == -signal.SIGKILL
-    assert (tmp_path/'run/checkpoints/scan-running.pt').exists()
-    SCAN(**TINY, out=tmp_path/'run').fit(digits()[:96])
-    assert content(tmp_path/'run') == content(whole[1])
+    assert (tmp_path/'run/scan/checkpoint.pth.tar').exists() and not (tmp_path/'run/scan/model.pth.tar').exists()
+    tiny(tmp_path/'run').fit(three_digits())
+    assert results(tmp_path/'run') == results(whole[1])
 
-def test_a_finished_stage_is_not_repeated(whole, data, monkeypatch):
-    def never(*a, **k): raise AssertionError('trained again')
-    for name in ('train_simclr', 'train_heads', 'train_scan', 'train_selflabel', 'mine_neighbors',
-                 'kmeans_baseline'):
-        monkeypatch.setattr(pipeline, name, never)
-    before = content(whole[1])
-    again = SCAN(**TINY, out=whole[1]).fit(data)
-    assert content(whole[1]) == before
-    np.testing.assert_array_equal(again.neighbors_, whole[0].neighbors_)
-    assert again.metrics_ == whole[0].metrics_
+def test_a_finished_run_is_not_repeated(whole, data, monkeypatch):
+    monkeypatch.setattr(training, 'train_epoch', never)
+    for module, name in ((stages, 'mine_neighbors'), (stages, 'train_heads'), (report, 'kmeans_baseline'), (report, 'embed_2d')):
+        monkeypatch.setattr(module, name, never)
+    before = listing(whole[1])
+    again = tiny(whole[1]).fit(data)
+    assert listing(whole[1]) == before and again.metrics_ == whole[0].metrics_
+    for name in ('labels_', 'embeddings_', 'neighbors_'): np.testing.assert_array_equal(getattr(again, name), getattr(whole[0], name))
 
-def test_time_before_a_kill_counts(data, tmp_path, monkeypatch):
-    clock = iter(range(0, 10**9, 100))
-    monkeypatch.setattr(pipeline.time, 'monotonic', lambda: next(clock))
-    killing(monkeypatch, 2, True)
-    with pytest.raises(Killed): SCAN(**TINY, out=tmp_path/'run').fit(data)
-    spent = torch.load(tmp_path/'run/checkpoints/pretext-running.pt')['seconds']
-    scan = SCAN(**TINY, out=tmp_path/'run').fit(data)
-    assert scan.stages_['pretext']['seconds'] > spent > 0
+def test_progress_says_how_long_it_will_take(data, tmp_path, capsys):
+    "Before a new run; one that goes on has begun."
+    tiny(tmp_path/'run', progress=True).fit(data)
+    err = capsys.readouterr().err
+    assert err.index('About 1 minute on cpu.') < err.index('1/4 SimCLR')
+    assert all(bar in err for bar in ('2/4 heads', '3/4 SCAN', '4/4 self-labelling'))
+    tiny(tmp_path/'run', progress=True).fit(data)
+    assert 'About' not in capsys.readouterr().err
+    with pytest.raises(UserError): tiny(tmp_path/'x', n_clusters=91, progress=True).fit(data)
+    assert capsys.readouterr().err == ''
 
 # -- damage --
 
-@pytest.fixture
-def copy(whole, tmp_path):
-    import shutil
-    shutil.copytree(whole[1], tmp_path/'run')
-    return tmp_path/'run'
+@pytest.mark.parametrize('name', ['recipe.yml', 'model.safetensors', 'clusters.csv', 'metrics.json', 'examples.npz',
+                                  'selflabel/compare.pth.tar', 'pretext/simclr/embeddings.npy',
+                                  *(f'{home}/{name}' for home in HOMES for name in ('model.pth.tar', 'outcome.pth.tar'))])
+def test_a_deleted_file_comes_back(name, copy, whole, data):
+    (copy/name).unlink()
+    scan = tiny(copy).fit(data)
+    assert results(copy) == results(whole[1]) and (SCAN.load(copy, 'cpu').predict(data) == scan.labels_).all()
 
-@pytest.mark.parametrize('name', ['pretext', 'neighbors', 'heads', 'scan', 'selflabel', 'compare'])
-@pytest.mark.parametrize('how', ['cut', 'empty', 'garbage'])
-def test_damaged_checkpoint_is_named(copy, data, name, how):
-    file = copy/'checkpoints'/f'{name}.pt'
-    file.write_bytes({'cut': file.read_bytes()[:-100], 'empty': b'', 'garbage': b'x'*1000}[how])
-    before = listing(copy)
-    with pytest.raises(UserError, match=f'{name}.pt'): SCAN(**TINY, out=copy).fit(data)
-    assert {p: v for p, v in listing(copy).items() if p.name != 'metrics.jsonl'} == {
-        p: v for p, v in before.items() if p.name != 'metrics.jsonl'}
-    file.unlink()
-    assert (SCAN(**TINY, out=copy).fit(data).labels_ == SCAN.load(copy).predict(data)).all()
+@pytest.mark.parametrize('content', [b'', b'x'*1000, 'cut', 'other'], ids=['empty', 'garbage', 'cut', 'other'])
+def test_a_damaged_comparison_is_named(content, copy, data):
+    file = copy/'selflabel/compare.pth.tar'
+    if content == 'other': torch.save(dict(something=1), file)
+    else: file.write_bytes(file.read_bytes()[:-100] if content == 'cut' else content)
+    with pytest.raises(UserError, match='compare.pth.tar') as e: tiny(copy).fit(data)
+    assert '\n' not in str(e.value)
 
-@pytest.mark.parametrize('name', ['embeddings.npy', 'neighbors.npz'])
-@pytest.mark.parametrize('how', ['cut', 'missing'])
-def test_damaged_arrays_are_named(copy, data, name, how):
-    raw = (copy/name).read_bytes()
-    (copy/name).unlink() if how == 'missing' else (copy/name).write_bytes(raw[:len(raw)//2])
-    with pytest.raises(UserError, match=name): SCAN(**TINY, out=copy).fit(data)
-    (copy/'checkpoints/neighbors.pt').unlink()
-    SCAN(**TINY, out=copy).fit(data)
-    assert (copy/name).read_bytes() == raw
-
-@pytest.mark.parametrize('text', ['', '[1, 2]', 'settings: 3', '{', 'settings: {n_clusters: 3}', '\udcff'])
-def test_damaged_recipe_is_named(copy, data, text):
+@pytest.mark.parametrize('text', ['', '[1, 2]', 'settings: 3', '{', 'scan: {n_clusters: 3}', 'scan: 3', '\udcff'])
+def test_a_damaged_recipe_is_named(text, copy):
     (copy/'recipe.yml').write_bytes(text.encode(errors='surrogateescape'))
-    for use in (lambda: SCAN(**TINY, out=copy).fit(data), lambda: SCAN.load(copy)):
-        with pytest.raises(UserError, match='recipe.yml'): use()
+    with pytest.raises(UserError, match='recipe.yml') as e: SCAN.load(copy)
+    assert '\n' not in str(e.value)
 
-def test_checkpoint_of_another_kind_is_named(copy, data):
-    Checkpoint(copy/'checkpoints/heads.pt').save(something=1)
-    with pytest.raises(UserError, match='heads.pt'): SCAN(**TINY, out=copy).fit(data)
-
-def test_damaged_model_is_named(copy):
-    raw = (copy/'model.safetensors').read_bytes()
-    for bad in (raw[:-10], b'', b'x'*100):
-        (copy/'model.safetensors').write_bytes(bad)
+def test_a_damaged_model_is_named(copy, data):
+    from safetensors.torch import save
+    file = copy/'model.safetensors'
+    raw = file.read_bytes()
+    for bad in (raw[:-10], b'', b'x'*100, save({'a': torch.ones(2)})):
+        file.write_bytes(bad)
         with pytest.raises(UserError, match='model.safetensors'): SCAN.load(copy)
-    (copy/'model.safetensors').unlink()
+    file.unlink()
     with pytest.raises(UserError, match='finish the run'): SCAN.load(copy)
+    tiny(copy).fit(data)
+    assert file.read_bytes() == raw
+
+def test_damage_is_repaired_by_running_again(copy, whole, data):
+    for name in ('recipe.yml', 'model.safetensors', 'clusters.csv', 'metrics.json', 'examples.npz'):
+        (copy/name).write_bytes(b'{')
+    tiny(copy).fit(data)
+    assert results(copy) == results(whole[1])
 
 # -- folders of others --
 
-@pytest.mark.parametrize('change,said', [
-    (dict(seed=1), 'seed: 0 → 1'), (dict(n_clusters=4), 'n_clusters: 3 → 4'), (dict(scan_lr=.5), 'scan_lr'),
-    (dict(views=dict(flip_p=0.)), r'views.flip_p: None → 0.0'), (dict(widths=(8, 32)), 'widths'),
-    (dict(pretext_epochs=3), 'pretext_epochs: 2 → 3')])
-def test_another_recipe_is_refused(whole, data, change, said):
+@pytest.mark.parametrize('change, said', [
+    (dict(seed=1), 'seed: 3 → 1'), (dict(n_clusters=4), 'n_clusters: 3 → 4'),
+    (dict(recipe=TINY.change({'scan.lr': .5})), r'scan\.lr'), (dict(recipe=replace(TINY, selflabel=None), seed=2), 'seed')])
+def test_another_recipe_is_refused(change, said, whole, data):
     before = listing(whole[1])
-    with pytest.raises(UserError, match=said): SCAN(**TINY | change, out=whole[1]).fit(data)
+    with pytest.raises(UserError, match=said): tiny(whole[1], **change).fit(data)
     assert listing(whole[1]) == before
 
 def test_other_images_are_refused(whole, data):
-    changed = data.images.clone()
-    changed[3, 0, 4, 4] ^= 1
-    with pytest.raises(UserError, match='data.sha256'): SCAN(**TINY, out=whole[1]).fit(changed)
-    with pytest.raises(UserError, match='data.images: 96 → 95'): SCAN(**TINY, out=whole[1]).fit(data[:95])
-    with pytest.raises(UserError, match='data.test'): SCAN(**TINY, out=whole[1]).fit(data, test=data[:9])
+    before = listing(whole[1])
+    with pytest.raises(UserError, match=r'images\.all\.sha256'): tiny(whole[1]).fit(data.images.flip(0))
+    with pytest.raises(UserError, match=r'images\.'): tiny(whole[1]).fit(data, test=data[:9])
+    assert listing(whole[1]) == before
 
-def test_equal_settings_in_other_words_are_not_refused(whole, data):
-    same = TINY | dict(widths=[np.int64(8), 16], seed=np.int32(0), stem_stride=1, views={}, progress=False)
-    SCAN(**same, out=str(whole[1])).fit(data)
-
-def test_folder_with_other_things_is_refused(data, tmp_path):
+def test_folders_with_other_things_are_refused(data, tmp_path):
     (tmp_path/'notes.txt').write_text('mine')
-    with pytest.raises(UserError, match='not empty'): SCAN(**TINY, out=tmp_path).fit(data)
-    with pytest.raises(UserError, match='is a file'): SCAN(**TINY, out=tmp_path/'notes.txt').fit(data)
-    assert [p.name for p in tmp_path.iterdir()] == ['notes.txt']
+    with pytest.raises(UserError, match='not empty'): tiny(tmp_path).fit(data)
+    with pytest.raises(UserError, match='is a file'): tiny(tmp_path/'notes.txt').fit(data)
+    assert [f.name for f in tmp_path.iterdir()] == ['notes.txt']
 
-def test_an_empty_folder_is_fine(data, tmp_path):
+def test_a_folder_at_home(data, tmp_path, monkeypatch):
     (tmp_path/'new').mkdir()
-    SCAN(**TINY | dict(scan_epochs=0, selflabel_epochs=0), out=tmp_path/'new').fit(data)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, 'write_report', write_report)
+    scan = tiny('~/new', recipe=TINY.change({'scan.epochs': 0, 'selflabel.epochs': 0})).fit(data)
+    assert [f.name for f in tmp_path.iterdir()] == ['new'] and (tmp_path/'new/report.html').exists()
+    assert (SCAN.load('~/new', 'cpu').predict(data) == scan.labels_).all()
 
 # -- wrong input --
 
-@pytest.mark.parametrize('change,said', [
-    (dict(n_clusters=1), 'n_clusters is 1'), (dict(n_clusters=0), 'n_clusters'),
-    (dict(n_clusters=97), '97 clusters'),
-    (dict(n_clusters=2.5), 'whole number'), (dict(n_clusters=None), 'n_clusters is None'),
-    (dict(n_clusters=True), 'n_clusters'), (dict(n_clusters='ten'), "'ten'"),
-    (dict(n_neighbors=96), '96 neighbors'), (dict(n_neighbors=0), 'n_neighbors'), (dict(seed=-1), 'seed'),
-    (dict(pretext_epochs=0), 'pretext_epochs'), (dict(scan_epochs=-1), 'scan_epochs'),
-    (dict(temperature=0), 'temperature'), (dict(pretext_lr=float('nan')), 'pretext_lr'),
-    (dict(scan_lr=float('inf')), 'scan_lr'), (dict(pretext_batch=1), 'pretext_batch'),
-    (dict(backbone='resnet9000'), 'resnet9000'), (dict(widths=[]), 'widths'), (dict(widths=[8, 0]), 'widths'),
-    (dict(widths='wide'), 'widths'), (dict(views=3), 'views'),
-    (dict(views=dict(flip=0)), "no setting 'flip'"),
-    (dict(strong=dict(opz=1)), "no setting 'opz'"), (dict(views=dict(flip_p=2)), 'flip_p'),
-    (dict(device='tpu'), 'tpu'), (dict(device='cuda:99'), 'cuda:99'), (dict(size=4), '4×4'),
-    (dict(threshold=1.), 'threshold'), (dict(selflabel_lr=-1), 'selflabel_lr'),
-    (dict(precision='fp16'), "precision is 'fp16'"), (dict(compile='yes'), "compile is 'yes'")])
-def test_wrong_settings(data, tmp_path, change, said):
-    with pytest.raises(UserError, match=said) as e: SCAN(**TINY | change, out=tmp_path/'run').fit(data)
-    assert '\n' not in str(e.value)
-    assert not (tmp_path/'run').exists()
+@pytest.mark.parametrize('change, said', [
+    (dict(n_clusters=1), 'n_clusters is 1'), (dict(n_clusters=0), 'n_clusters is 0'), (dict(n_clusters=91), '91 clusters'),
+    (dict(n_clusters=2.5), 'whole number'), (dict(n_clusters=True), 'n_clusters is True'), (dict(n_clusters='ten'), "'ten'"),
+    (dict(seed=-1), 'seed is -1'), (dict(seed='x'), "'x'"), (dict(device='tpu'), 'tpu'), (dict(device='cuda:99'), 'cuda:99'),
+    (dict(recipe='digit'), "'digits'"), (dict(recipe='missing.yml'), 'missing.yml'),
+    (dict(recipe__n_clusters=1), 'n_clusters'), (dict(recipe__backbone='resnet9000'), 'resnet9000'),
+    (dict(recipe__backbone_options__widths=[]), 'widths'), (dict(recipe__backbone_options__widths=[8, 0]), 'widths'),
+    (dict(recipe__backbone_options__widths='wide'), 'widths'), (dict(recipe__backbone_options__width=[8]), 'width'),
+    (dict(recipe__backbone_options__stem_stride=0), 'stem_stride'),
+    (dict(recipe__size=9), '8×8'), (dict(recipe__mean=(.5, .5, .5), recipe__std=(1., 1., 1.)), 'mean'),
+    (dict(recipe__pretext__setup='byol'), 'simclr'), (dict(recipe__pretext__n_neighbors=90), '90 neighbors'),
+    (dict(recipe__pretext__n_neighbors=0), 'n_neighbors'), (dict(recipe__pretext__epochs=0), r'pretext\.epochs'),
+    (dict(recipe__scan__epochs=-1), r'scan\.epochs'), (dict(recipe__pretext__temperature=0), 'temperature'),
+    (dict(recipe__pretext__lr=float('nan')), r'pretext\.lr'), (dict(recipe__scan__lr=float('inf')), r'scan\.lr'),
+    (dict(recipe__pretext__batch_size=1), 'batch_size'), (dict(recipe__pretext__views=3), 'views'),
+    (dict(recipe__pretext__views_options__flip=0), "no setting 'flip'"),
+    (dict(recipe__selflabel__views='ours', recipe__selflabel__views_options=dict(opz=1)), "no setting 'opz'"),
+    (dict(recipe__pretext__views_options__flip_p=2), 'flip_p'), (dict(recipe__selflabel__threshold=1.), 'threshold'),
+    (dict(recipe__selflabel__lr=-1), r'selflabel\.lr'), (dict(recipe__precision='fp16'), "precision is 'fp16'"),
+    (dict(recipe__compile='yes'), "compile is 'yes'"), (dict(recipe__scan__prior=[.5, .5]), 'prior'),
+    (dict(recipe__pretext__index='flat'), 'index'), (dict(recipe__pretext__n_views=-1), 'n_views'),
+    (dict(recipe__pretext__time_window=-1.), 'time_window'), (dict(recipe__pretext__time_window=60.), 'time'),
+    (dict(recipe__pretext__whiten=1.5), 'whiten'), (dict(recipe__pretext__whiten=-.1), 'whiten'),
+    (dict(recipe__selflabel__ema_decay=1.), 'ema_decay'), (dict(recipe__scan__head_choice='luck'), 'loss or agreement'),
+    (dict(recipe__pretext__more_views=[{}]), 'more_views'), (dict(recipe__n_networks=3), 'n_networks'),
+    (dict(recipe__n_networks=2, recipe__pretext__more_views=[dict(tint=1)]), "no setting 'tint'"),
+    (dict(recipe__pretext__pretrained='nowhere.pth'), 'nowhere.pth')], ids=str)
+def test_wrong_settings(change, said, data, tmp_path):
+    "One sentence, at once or when the images are known, and nothing is written."
+    scan = tiny(tmp_path/'run')
+    with pytest.raises(UserError, match=said) as e: scan.set_params(**change).fit(data)
+    assert '\n' not in str(e.value) and not (tmp_path/'run').exists()
 
 def damaged(kind):
     x = np.random.default_rng(0).random((96, 8, 8)).astype(np.float32)
@@ -335,52 +407,60 @@ def damaged(kind):
     if kind == 'infinite': x[7, 2, 2] = np.inf
     if kind == 'range': x *= 255
     return {'int64': np.zeros((9, 8, 8), np.int64), 'flat': x[0, 0], 'text': np.array(['a']), 'bool': x > .5,
-            'five channels': np.zeros((9, 5, 8, 8), np.uint8), 'none': np.zeros((0, 8, 8), np.uint8),
-            'object': object(), 'list': [1, 2]}.get(kind, x)
+            'no image': np.zeros((0, 8, 8), np.uint8), 'object': object(), 'list': [1, 2], 'none': None}.get(kind, x)
 
-@pytest.mark.parametrize('kind,said', [
-    ('nan', 'Image 7'), ('infinite', 'Image 7'), ('range', r'\[0, 1\]'), ('int64', 'int64'),
-    ('flat', 'shape'), ('text', 'type'), ('bool', 'bool'), ('five channels', '9×5×8×8'),
-    ('none', 'no image'), ('object', 'object'),
-    ('list', 'list')])
-def test_wrong_arrays(tmp_path, kind, said):
-    with pytest.raises(UserError, match=said): SCAN(**TINY, out=tmp_path/'run').fit(damaged(kind))
+@pytest.mark.parametrize('kind, said', [
+    ('nan', 'Image 7'), ('infinite', 'Image 7'), ('range', r'\[0, 1\]'), ('int64', 'int64'), ('flat', 'shape'),
+    ('text', 'type'), ('bool', 'bool'), ('no image', 'no image'), ('object', 'object'), ('list', 'list'), ('none', 'None')])
+def test_wrong_arrays(kind, said, whole, tmp_path):
+    for use in (tiny(tmp_path/'run').fit, whole[0].predict, whole[0].transform):
+        with pytest.raises(UserError, match=said): use(damaged(kind))
     assert not (tmp_path/'run').exists()
 
-def test_one_image(data):
-    with pytest.raises(UserError, match='only one image'): SCAN(**TINY).fit(data[:1])
+WRONG_LABELS = dict(few=[0, 1], negative=[-2]*90, fractions=[.5]*90, square=[[0]*90], text=['a']*90, ragged=[[1], [1, 2]],
+                    mapping={}, nothing=[None]*90)
 
-def test_wrong_labels(data):
-    for labels in (data.labels[:5], data.labels - 2, data.labels + .5, data.labels[None]):
-        with pytest.raises(UserError): SCAN(**TINY).fit(data, labels=labels)
+@pytest.mark.parametrize('kind', WRONG_LABELS)
+def test_wrong_labels(kind, whole, data, tmp_path):
+    for use in (tiny(tmp_path/'run').fit, whole[0].scores):
+        with pytest.raises(UserError, match='[Ll]abels') as e: use(data.images, WRONG_LABELS[kind])
+        assert '\n' not in str(e.value)
+    assert not (tmp_path/'run').exists()
 
 def test_wrong_images_for_a_fitted_model(whole, data):
     for x in (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 9, 9, dtype=torch.uint8)):
         with pytest.raises(UserError, match='1×8×8'): whole[0].predict(x)
-    with pytest.raises(UserError, match='1×8×8'): SCAN(**TINY).fit(data, test=torch.zeros(2, 9, 9).byte())
+    with pytest.raises(UserError, match='1×8×8'): tiny().fit(data, test=torch.zeros(2, 9, 9).byte())
 
 def test_not_fitted(data, tmp_path):
     for use in ('predict', 'predict_proba', 'transform', 'score'):
-        with pytest.raises(UserError, match='not fitted'): getattr(SCAN(), use)(data)
+        for kind in (UserError, sklearn.exceptions.NotFittedError):
+            with pytest.raises(kind, match='not fitted') as e: getattr(SCAN(), use)(data)
+        assert '\n' not in str(e.value)
     with pytest.raises(UserError, match='not fitted'): SCAN().save(tmp_path/'x')
     assert not (tmp_path/'x').exists()
 
-def test_smallest_sets(data):
-    for n in (2, 4, 5):
-        scan = SCAN(**TINY | dict(n_clusters=2, n_neighbors=1)).fit(data[:n])
-        assert scan.labels_.shape == (n,)
+def test_a_refused_fit_leaves_the_fitted_model(data):
+    scan = tiny().fit(data)
+    labels = scan.labels_.copy()
+    with pytest.raises(UserError): scan.fit(data[:2])
+    np.testing.assert_array_equal(scan.predict(data), labels)
 
-def test_as_many_clusters_as_images(data):
-    assert len(SCAN(**TINY | dict(n_clusters=8, n_neighbors=2)).fit(data[:8]).labels_) == 8
+def test_smallest_sets(data):
+    with pytest.raises(UserError, match='only one image'): tiny().fit(data[:1])
+    few = TINY.change({'n_clusters': 2, 'pretext.n_neighbors': 1})
+    for n in (2, 4, 5): assert tiny(recipe=few).fit(data[:n]).labels_.shape == (n,)
+    assert len(tiny(recipe=few.change({'n_clusters': 8})).fit(data[:8]).labels_) == 8
+    for images in (data, data.images): assert len(tiny(recipe=few).fit(images, test=data[:1]).labels_) == 90
 
 def test_constant_images():
-    scan = SCAN(**TINY).fit(torch.full((20, 1, 8, 8), 7, dtype=torch.uint8))
+    scan = tiny().fit(torch.full((40, 1, 8, 8), 7, dtype=torch.uint8))
     assert np.isfinite(scan.predict_proba(torch.zeros(1, 8, 8).byte())).all()
 
 def test_oblong_and_color_images():
-    x = torch.randint(256, (24, 3, 10, 14), generator=torch.Generator().manual_seed(0)).byte()
-    scan = SCAN(**TINY).fit(x)
-    assert scan.predict(x.permute(0, 2, 3, 1).numpy()).shape == (24,)
+    x = torch.randint(256, (40, 3, 10, 14), generator=torch.Generator().manual_seed(0)).byte()
+    scan = tiny().fit(x)
+    assert scan.predict(x.permute(0, 2, 3, 1).numpy()).shape == (40,) and scan.shape_ == [3, 10, 14]
 
 # -- folders of images --
 
@@ -399,10 +479,10 @@ def pictures(tmp_path_factory):
 
 def test_folder(pictures, tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
-    scan = SCAN(**TINY, size=8, out=tmp_path/'run').fit(str(pictures))
-    rows = list(csv.DictReader(io.StringIO((tmp_path/'run/clusters.csv').read_text())))
+    scan = tiny(tmp_path/'run', recipe=TINY.change({'size': 8})).fit(str(pictures))
+    rows = rows_of(tmp_path/'run/clusters.csv')
     assert len(rows) == 40 and (pictures/rows[0]['path']).exists()
-    assert sorted(p for p, _ in scan.metrics_['skipped']) == ['d0/cut.jpg', 'empty.png']
+    assert sorted(path for path, _ in scan.metrics_['skipped']) == ['d0/cut.jpg', 'empty.png']
     assert '2 files could not be read' in scan.metrics_['notes'][-1]
     np.testing.assert_array_equal(scan.predict(pictures), scan.labels_)
     np.testing.assert_array_equal(SCAN.load(tmp_path/'run').predict(str(pictures)), scan.labels_)
@@ -410,33 +490,91 @@ def test_folder(pictures, tmp_path, monkeypatch):
 
 def test_wrong_folders(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
-    (tmp_path/'empty').mkdir(); (tmp_path/'bad').mkdir(); (tmp_path/'one').mkdir()
+    for name in ('empty', 'bad', 'one'): (tmp_path/name).mkdir()
     (tmp_path/'bad/zero.png').write_bytes(b'')
     Image.new('L', (8, 8)).save(tmp_path/'one/a.png')
-    for name, said in (('empty', 'no image'), ('missing', 'no folder'), ('bad', 'zero.png'),
-                       ('one', 'one image')):
-        with pytest.raises(UserError, match=said): SCAN(**TINY, out=tmp_path/'run').fit(tmp_path/name)
+    for name, said in (('empty', 'no image'), ('missing', 'no folder'), ('bad', 'zero.png'), ('one', 'one image')):
+        with pytest.raises(UserError, match=said): tiny(tmp_path/'run').fit(tmp_path/name)
     assert not (tmp_path/'run').exists()
 
 # -- save and load --
 
 def test_save_and_load(whole, data, tmp_path):
     whole[0].save(tmp_path/'m')
-    loaded = SCAN.load(tmp_path/'m')
+    loaded = SCAN.load(tmp_path/'m', 'cpu')
     np.testing.assert_array_equal(loaded.predict_proba(data), whole[0].predict_proba(data))
-    assert loaded.n_clusters == 3 and loaded.widths == [8, 16] and loaded.out is None
-    whole[0].save(tmp_path/'m'); loaded.save(tmp_path/'n')
-    assert (tmp_path/'n/model.safetensors').read_bytes() == (whole[1]/'model.safetensors').read_bytes()
+    np.testing.assert_array_equal(loaded.transform(data), whole[0].transform(data))
+    assert loaded.score(data) == whole[0].score(data) and loaded.recipe_ == whole[0].recipe_ and loaded.out is None
+    assert {f.name for f in (tmp_path/'m').iterdir()} == {'recipe.yml', 'model.safetensors'}
+    whole[0].save(tmp_path/'m')
+    loaded.save(tmp_path/'n')
+    for name in ('recipe.yml', 'model.safetensors'): assert (tmp_path/'n'/name).read_bytes() == (whole[1]/name).read_bytes()
 
-def test_save_refuses_other_folders(whole, tmp_path):
+def test_a_loaded_model_can_learn_again(whole, data):
+    np.testing.assert_array_equal(SCAN.load(whole[1], 'cpu').fit(data).labels_, whole[0].labels_)
+
+def test_precision_of_a_loaded_model(whole, data, monkeypatch):
+    asked, tune = [], pipeline.read_model.__globals__['tune']
+    monkeypatch.setitem(pipeline.read_model.__globals__, 'tune', lambda model, *how: asked.append(how) or tune(model, *how))
+    SCAN.load(whole[1], 'cpu')
+    assert asked == [('bf16',)]
+
+def test_folders_that_hold_no_model(whole, tmp_path):
     (tmp_path/'x').write_text('')
     with pytest.raises(UserError, match='not empty'): whole[0].save(tmp_path)
-    with pytest.raises(UserError, match='not a run folder'): SCAN.load(tmp_path)
-    with pytest.raises(UserError, match='not a run folder'): SCAN.load(tmp_path/'missing')
+    for folder in (tmp_path, tmp_path/'missing'):
+        with pytest.raises(UserError, match='not a run folder'): SCAN.load(folder)
 
-def test_a_model_is_data_not_code(whole):
-    "Checkpoints load without pickle's dangers; the model is safetensors."
-    for file in (whole[1]/'checkpoints').iterdir(): torch.load(file, weights_only=True)
+@pytest.fixture(params=[0, 2], ids=['as large as the views', 'larger'])
+def features_alone(request, data, tmp_path):
+    "A run folder after its pretext task, its images and its outcome."
+    framed = replace(data, images=F.pad(data.images, [request.param]*4))
+    recipe = Recipe.for_images(framed, base=TINY.change({'size': 8, 'n_clusters': 4})).pretext
+    found = run_pretext(recipe, {'all': framed}, None, tmp_path/'run')
+    summarize([found], {'all': framed}, tmp_path/'run')
+    return tmp_path/'run', framed, found
+
+def test_after_the_pretext_task_alone(features_alone, tmp_path):
+    folder, data, found = features_alone
+    loaded = SCAN.load(folder, 'cpu')
+    np.testing.assert_array_equal(loaded.transform(data), found.embeddings.numpy())
+    for use in (loaded.predict, loaded.predict_proba, loaded.score):
+        for kind in (UserError, sklearn.exceptions.NotFittedError):
+            with pytest.raises(kind, match='no clusters yet: finish its scan stage'): use(data)
+    loaded.save(tmp_path/'saved')
+    again = SCAN.load(tmp_path/'saved', 'cpu')
+    np.testing.assert_array_equal(again.transform(data), found.embeddings.numpy())
+    with pytest.raises(UserError, match='no clusters yet'): again.predict(data)
+
+def test_after_scan_alone(data, whole, tmp_path):
+    "From weights of others, without self-labelling."
+    torch.save(read_run(whole[1])[0].weights['model'], tmp_path/'weights.pth.tar')
+    recipe = Recipe.for_images(data, base=TINY).scan
+    found = run_scan(recipe, {'all': data}, tmp_path/'weights.pth.tar', tmp_path/'run')
+    metrics = summarize([found], {'all': data}, tmp_path/'run')
+    loaded = SCAN.load(tmp_path/'run', 'cpu')
+    np.testing.assert_array_equal(loaded.predict(data), found.clusters['scan']['all'])
+    assert loaded.score(data) == metrics['acc'] and list(metrics['baselines']) == ['kmeans_pixels', 'kmeans_features']
+    assert [int(r['cluster']) for r in rows_of(tmp_path/'run/clusters.csv')] == loaded.predict(data).tolist()
+
+def test_other_features_beside_a_finished_run(copy, data, whole):
+    "The run at the top stays one: that of the clusters."
+    moco = Recipe.for_images(data, base=TINY.change({'pretext.setup': 'moco'})).pretext
+    run_pretext(moco, {'all': data}, None, copy)
+    summarize(read_run(copy), {'all': data}, copy)
+    top = 'recipe.yml', 'model.safetensors', 'clusters.csv', 'metrics.json', 'examples.npz'
+    for name in top: assert (copy/name).read_bytes() == (whole[1]/name).read_bytes(), name
+
+def test_two_networks(data, tmp_path):
+    settings = TINY.change(OTHER)
+    both = tiny(tmp_path/'run', recipe=settings).fit(data)
+    alone = [tiny(recipe=TINY.change({'pretext.views_options': views})).fit(data).embeddings_
+             for views in (TINY.pretext.views_options, *settings.pretext.more_views)]
+    joined = np.concatenate([z/np.linalg.norm(z, axis=1, keepdims=True) for z in alone], 1)
+    np.testing.assert_allclose(both.embeddings_, joined, rtol=0, atol=1e-6)
+    assert {k: len(v) for k, v in both.history_.items() if v} == dict(pretext=2, pretext2=2, heads=1, scan=2, selflabel=2)
+    np.testing.assert_array_equal(SCAN.load(tmp_path/'run', 'cpu').predict(data.images), both.predict(data.images))
+    np.testing.assert_array_equal(tiny(tmp_path/'run', recipe=settings).fit(data).labels_, both.labels_)
 
 # -- scikit-learn's conventions --
 
@@ -446,183 +584,63 @@ def test_clone_has_settings_but_nothing_learned(whole):
 
 def test_params():
     scan = SCAN(7, seed=3)
-    assert scan.n_clusters == 7 and SCAN().get_params()['seed'] == 0
-    assert scan.set_params(n_heads=5, views=dict(flip_p=0)) is scan and scan.n_heads == 5
-    with pytest.raises(UserError, match='n_cluster'): scan.set_params(n_cluster=3)
-    assert repr(SCAN(7, seed=3)) == 'SCAN(seed=3, n_clusters=7)'
-    assert eval(repr(scan)).get_params() == scan.get_params()
+    assert list(scan.get_params(deep=False)) == ['n_clusters', 'recipe', 'seed', 'device', 'out', 'progress']
+    assert scan.get_params()['recipe__scan__entropy_weight'] == FOLDER.scan.entropy_weight == 5.
+    assert len(scan.get_params()) == 6 + len(FOLDER.flat()) and scan.recipe is None
+    assert scan.set_params(recipe__scan__entropy_weight=2., recipe__pretext__views_options__flip_p=0, n_clusters=8) is scan
+    assert scan.recipe == FOLDER.change({'scan.entropy_weight': 2., 'pretext.views_options.flip_p': 0})
+    assert (scan.n_clusters, scan.seed, scan.get_params()['recipe__scan__entropy_weight']) == (8, 3, 2.)
+    assert scan.set_params(recipe='digits').get_params()['recipe__pretext__epochs'] == PRESETS['digits'].pretext.epochs
+    assert scan.set_params(recipe='digits', recipe__pretext__epochs=3).recipe == PRESETS['digits'].change({'pretext.epochs': 3})
+    before = scan.get_params()
+    assert scan.set_params(**before).get_params() == before
 
-def test_in_a_pipeline_of_scikit_learn(data):
+@pytest.mark.parametrize('params, said', [
+    (dict(n_cluster=3), "no setting 'n_cluster'"), (dict(n_clusters=4, sead=3), "no setting 'sead'"),
+    (dict(n_clusters=4, recipe__scan__entropy=1.), 'scan.entropy_weight'), (dict(recipe__nothing=1.), 'nothing'),
+    (dict(seed=9, recipe__scan__lr=-1.), r'scan\.lr is -1'), (dict(recipe__epochs=3), r'pretext\.epochs or scan\.epochs')])
+def test_wrong_params_change_nothing(params, said):
+    scan = SCAN(7, recipe='digits')
+    before = scan.get_params()
+    with pytest.raises(UserError, match=said): scan.set_params(**params)
+    assert scan.get_params() == before and scan.recipe == 'digits'
+
+@pytest.mark.parametrize('scan', [SCAN(), SCAN(7, seed=3), SCAN(seed=0), SCAN(recipe='digits', device='cpu', progress=True),
+                                  SCAN(recipe=TINY), SCAN(out='runs/x')], ids=lambda s: ','.join(map(str, s.get_params(False).values()))[:9])
+def test_repr_says_what_was_changed(scan):
+    names = {**vars(recipes), **vars(pathlib), 'SCAN': SCAN}
+    assert eval(repr(scan), names).get_params() == scan.get_params()
+
+def test_repr_is_short():
+    assert repr(SCAN(7, seed=3)) == 'SCAN(n_clusters=7, seed=3)' and repr(SCAN()) == 'SCAN()'
+
+def test_in_a_pipeline_of_scikit_learn(whole, data):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import FunctionTransformer
-    steps = make_pipeline(FunctionTransformer(lambda x: x[:, 0]), SCAN(**TINY))
-    assert steps.fit(data.images.numpy()).predict(data.images.numpy()).shape == (96,)
+    from sklearn.utils.validation import check_is_fitted
+    steps = make_pipeline(FunctionTransformer(lambda x: x[:, 0]), tiny())
+    with pytest.raises(sklearn.exceptions.NotFittedError): check_is_fitted(steps[-1])
+    x = data.images.numpy()
+    np.testing.assert_array_equal(steps.fit(x).predict(x), whole[0].labels_)
+    np.testing.assert_array_equal(steps.fit_predict(x, data.labels.numpy()), whole[0].labels_)
+    assert steps.score(x, data.labels.numpy()) == whole[0].score(data) and steps.transform(x).shape == (90, 16)
+    check_is_fitted(steps[-1])
+    assert is_clusterer(steps[-1])
+    steps.set_params(scan__recipe__scan__epochs=1, scan__seed=1)
+    assert steps[-1].recipe.scan.epochs == 1 and steps.get_params()['scan__recipe__scan__epochs'] == 1
+
+def test_a_recipe_in_any_form(whole, data, tmp_path):
+    (tmp_path/'recipe.yml').write_text(to_yaml(TINY))
+    for recipe in (tmp_path/'recipe.yml', str(tmp_path/'recipe.yml'), whole[1]/'recipe.yml'):
+        np.testing.assert_array_equal(tiny(recipe=recipe).fit(data).labels_, whole[0].labels_)
+
+def test_what_differs_on_a_cpu_is_in_the_recipe(data):
+    recipe = replace(TINY, cpu={'pretext': {'epochs': 1}, 'n_clusters': 4})
+    scan = tiny(recipe=recipe).fit(data)
+    assert scan.recipe_.pretext.epochs == 1 and scan.recipe_.n_clusters == 4 and not scan.recipe_.cpu
+    assert tiny(recipe=recipe, n_clusters=5).fit(data).recipe_.n_clusters == 5
 
 def test_no_training_function_takes_labels():
-    for name in ('train_simclr', 'train_heads', 'train_scan', 'train_selflabel', 'mine_neighbors'):
-        assert not {'labels', 'y', 'targets'} & inspect.signature(getattr(pipeline, name)).parameters.keys()
-
-def test_presets_are_known_settings():
-    for preset in PRESETS.values():
-        settings = SCAN(**preset).get_params()
-        pipeline.check_settings(pipeline._plain(settings))
-        for name in ('views', 'second_views'): make_views(SimCLRAugment, 28, preset.get(name) or {})
-    assert {'digits', 'fashion-mnist', 'folder'} <= PRESETS.keys()
-
-def test_head_choice_decides(data):
-    kept = {}
-    for choice in ('loss', 'agreement'):
-        settings = TINY | dict(n_heads=6, scan_epochs=0, selflabel_epochs=0, head_choice=choice)
-        found = SCAN(**settings).fit(data)
-        kept[choice] = found.stages_['heads']['reason']
-    z, near = torch.from_numpy(found.embeddings_), torch.from_numpy(found.neighbors_)
-    s = found.recipe_['settings']
-    heads = pipeline.train_heads(z, near, s['n_clusters'], n_heads=6, epochs=s['heads_epochs'],
-                                 entropy_weight=s['entropy_weight'], seed=s['seed'])
-    assert kept['loss'].startswith(f'head {heads.losses.argmin()} of')
-    assert kept['agreement'].startswith(f'head {heads.agreement.argmax()} of')
-    with pytest.raises(UserError, match="head_choice is 'luck': give loss or agreement or both"):
-        SCAN(head_choice='luck').fit(data)
-
-def test_two_networks_learn_alone_and_join_their_features(data, tmp_path):
-    other = dict(tint_p=.9, jitter_p=.2)
-    one, two = (SCAN(**TINY, views=views).fit(data).embeddings_ for views in (None, other))
-    settings = TINY | dict(second_views=other, out=tmp_path/'run')
-    both = SCAN(**settings).fit(data)
-    unit = lambda x: x/np.linalg.norm(x, axis=1, keepdims=True)
-    np.testing.assert_allclose(both.embeddings_, np.concatenate([unit(one), unit(two)], 1), rtol=0, atol=1e-6)
-    assert {k: len(v) for k, v in both.history_.items() if v} == dict(
-        pretext=2, pretext2=2, heads=3, scan=2, selflabel=2)
-    assert (tmp_path/'run'/'checkpoints'/'pretext2.pt').exists()
-    loaded = SCAN.load(tmp_path/'run')
-    np.testing.assert_array_equal(loaded.predict(data.images), both.predict(data.images))
-    continued = SCAN(**settings).fit(data)
-    np.testing.assert_array_equal(continued.labels_, both.labels_)
-
-@pytest.mark.parametrize('views, words', [([], 'second_views is'), (dict(tint=1), "no setting 'tint'")])
-def test_second_views_are_checked(data, views, words):
-    with pytest.raises(UserError, match=words): SCAN(**TINY, second_views=views).fit(data)
-
-@pytest.mark.parametrize('change', [
-    dict(pretext='moco'), dict(index='ivf'), dict(scan_epochs=0), dict(second_views={})])
-def test_the_estimate(data, change):
-    settings = pipeline._plain(SCAN(**TINY | change).get_params())
-    job, _ = pipeline._begin(settings, {'all': data}, torch.device('cpu'))
-    state = torch.get_rng_state()
-    before = data.images.clone()
-    seconds = pipeline.estimate_seconds(job)
-    assert seconds.keys() == {'pretext', 'neighbors', 'heads', 'scan', 'selflabel'}
-    assert all(v > 0 for k, v in seconds.items() if k != 'scan') and min(seconds.values()) >= 0
-    assert (seconds['scan'] == 0) == (job.settings['scan_epochs'] == 0)
-    assert torch.equal(torch.get_rng_state(), state) and torch.equal(data.images, before)
-
-# -- pieces --
-
-@given(st.sampled_from(['pretext', 'scan', 'selflabel']), st.integers(2, 10**7), st.integers(2, 10**7),
-       st.integers(1, 4096), st.sampled_from(['cpu', 'cuda', 'mps']))
-def test_auto_epochs(stage, a, b, batch, device):
-    few, many = sorted((a, b))
-    low, high = EPOCHS['cpu' if device == 'cpu' else 'gpu'][stage]
-    more, less = (auto_epochs(stage, n, batch, device) for n in (few, many))
-    assert low <= less <= high and low <= more <= high
-    if few >= batch: assert less <= more
-
-plain = st.recursive(st.none() | st.integers() | st.text(max_size=3),
-                     lambda v: st.dictionaries(st.text(max_size=3), v, max_size=3))
-
-@given(st.dictionaries(st.text(max_size=3), plain, max_size=3),
-       st.dictionaries(st.text(max_size=3), plain, max_size=3))
-def test_differences_are_found(a, b):
-    assert list_differences(a, a) == []
-    if all(isinstance(v, int) for v in (*a.values(), *b.values())):
-        assert bool(list_differences(a, b)) == (a != b)
-
-@hypothesis_settings(max_examples=30)
-@given(st.lists(st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\r\0'), min_size=1),
-                min_size=1, max_size=6))
-def test_clusters_survive_strange_file_names(paths):
-    images = ImageSet(torch.zeros(len(paths), 1, 2, 2).byte(), paths=paths)
-    text = write_clusters(images, torch.eye(3)[torch.arange(len(paths)) % 3])
-    rows = list(csv.reader(io.StringIO(text, newline='')))[1:]
-    assert [r[0] for r in rows] == paths and [int(r[2]) for r in rows] == [i % 3 for i in range(len(paths))]
-
-def test_open_run_is_idempotent(tmp_path):
-    recipe = dict(scan_nb='1', settings=dict(n_clusters=3, views={}), data=dict(shape=[1, 8, 8]))
-    for r in (recipe, recipe, recipe | dict(scan_nb='2')):
-        assert open_run(tmp_path/'a/b', r) == tmp_path/'a/b'
-    assert read_recipe(tmp_path/'a/b') == recipe
-
-def test_resolve_leaves_explicit_numbers():
-    given = SCAN(pretext_epochs=7, stem_stride=2, widths=[5]).get_params()
-    out = resolve(given, 1000, 96, torch.device('cpu'))
-    assert out['pretext_epochs'] == 7 and out['stem_stride'] == 2 and out['widths'] == [5]
-    assert resolve(SCAN().get_params(), 1000, 8, torch.device('cpu'))['stem_stride'] == 1
-
-# -- switches --
-
-SWITCHES = [dict(pretext='moco'), dict(mutual=True), dict(whiten=.5), dict(n_views=2), dict(prior='estimate'),
-            dict(prior=[.5, .3, .2]), dict(remine_every=1), dict(soft_targets=True), dict(ema_decay=None),
-            dict(backbone='resnet18')]
-
-@pytest.fixture(scope='module')
-def plain(data): return SCAN(**TINY, threshold=.4).fit(data)
-
-@pytest.mark.parametrize('switch', SWITCHES, ids=lambda s: '-'.join(f'{k}={v}' for k, v in s.items()))
-def test_each_switch_reaches_the_result(switch, plain, data):
-    "A run with the switch ends, goes another way than the one without, and tells its recipe."
-    scan = SCAN(**TINY | switch, threshold=.4).fit(data)
-    assert scan.history_ != plain.history_
-    assert {k: scan.recipe_['settings'][k] for k in switch} == switch
-
-def test_the_index_reaches_the_mining(data, plain, monkeypatch):
-    used, mine = [], pipeline.mine_neighbors
-    def watch(z, k, index, *rest):
-        used.append(index)
-        return mine(z, k, index, *rest)
-    monkeypatch.setattr(pipeline, 'mine_neighbors', watch)
-    scan = SCAN(**TINY, threshold=.4, index='hnsw').fit(data)
-    assert used == ['hnsw'] and scan.recipe_['settings']['index'] == 'hnsw'
-    assert (scan.neighbors_ == plain.neighbors_).mean() > .9
-
-def test_a_time_window_needs_times(data):
-    with pytest.raises(UserError, match='time'): SCAN(**TINY, time_window=60.).fit(data)
-    timed = replace(data, times=torch.arange(96).double()*60)
-    near = torch.from_numpy(SCAN(**TINY, time_window=150.).fit(timed).neighbors_)
-    assert ((timed.times[near] - timed.times[:, None]).abs() > 150).all()
-
-@pytest.mark.parametrize('wrong, word', [
-    (dict(pretext='byol'), 'simclr'), (dict(backbone='resnet19'), 'resnet18'),
-    (dict(prior=[.5, .5]), 'prior'), (dict(index='flat'), 'index'),
-    (dict(n_views=-1), 'n_views'), (dict(time_window=-1.), 'time_window'), (dict(ema_decay=1.), 'ema_decay'),
-    (dict(whiten=1.5), 'whiten'), (dict(whiten=-.1), 'whiten')])
-def test_a_wrong_switch_is_named(wrong, word, data):
-    with pytest.raises(UserError, match=word): SCAN(**TINY | wrong).fit(data)
-
-def test_a_run_from_before_a_setting_existed_goes_on(whole, data, tmp_path):
-    folder = tmp_path/'run'
-    shutil.copytree(whole[1], folder)
-    recipe = yaml.safe_load((folder/'recipe.yml').read_text())
-    for name in ('pretext', 'mutual', 'prior'): del recipe['settings'][name]
-    (folder/'recipe.yml').write_text(yaml.safe_dump(recipe))
-    assert (SCAN(**TINY, out=folder).fit(data).labels_ == whole[0].labels_).all()
-    with pytest.raises(UserError, match='mutual: False → True'):
-        SCAN(**TINY, out=folder, mutual=True).fit(data)
-
-def test_unlabeled_images_among_labeled_ones(data):
-    partly = replace(data, labels=data.labels.clone().index_fill_(0, torch.arange(0, 96, 2), -1))
-    metrics = SCAN(**TINY).fit(partly).metrics_
-    assert 0 < metrics['acc'] <= 1
-
-# -- on CUDA --
-
-def test_precision_and_compile_reach_every_network(data, monkeypatch, tmp_path):
-    asked = []
-    def tune(model, *how):
-        asked.append((type(model).__name__, *how))
-        return model
-    monkeypatch.setattr(pipeline, 'tune', tune)
-    SCAN(**TINY | dict(scan_epochs=0, selflabel_epochs=0), precision='float32', compile=True,
-         out=tmp_path/'run').fit(data)
-    SCAN.load(tmp_path/'run')
-    assert asked == [('ContrastiveModel', 'float32', True), ('ClusteringModel', 'float32', True),
-                     ('ClusteringModel', 'float32')]
+    for train in (simclr.train_simclr, moco.train_moco, scan_module.train_heads, scan_module.train_scan,
+                  selflabel.train_selflabel, mine_neighbors):
+        assert not {'labels', 'y', 'targets'} & inspect.signature(train).parameters.keys()

@@ -1,0 +1,59 @@
+"""Commands in processes of their own, without the seconds that their imports take.
+
+`multiprocessing` keeps one process that has imported all; each command is a copy of it."""
+import multiprocessing, os, signal, socket, sys, time
+from multiprocessing.connection import wait
+from multiprocessing.forkserver import ensure_running
+from pathlib import Path
+import torch
+from scan_nb.cli import main
+
+HERE = Path(__file__).parent
+server = multiprocessing.get_context('forkserver')
+server.set_forkserver_preload(['shell', 'pytest', 'scan_nb.pipeline', 'torch._dynamo', 'matplotlib.pyplot',
+                               'jinja2', 'sklearn.cluster', 'sklearn.manifold'])
+
+def serve():
+    "Start that process, once. Python 3.11 does not tell it where modules are."
+    before = os.environ.get('PYTHONPATH')
+    os.environ['PYTHONPATH'] = os.pathsep.join([str(HERE.parent), str(HERE), *([before] if before else [])])
+    ensure_running()
+    if before is None: del os.environ['PYTHONPATH']
+    else: os.environ['PYTHONPATH'] = before
+    return server
+
+def work(words, files, env, first):
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    for i, file in enumerate(files): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), i + 1)
+    if first: first()
+    sys.exit(main(words))
+
+def start(*words, out, first=None, **env):
+    "The command in a process, after a call of `first`; what it says goes to OUT.out and OUT.err."
+    files = [f'{out}.out', f'{out}.err']
+    args = [str(w) for w in words], files, {**os.environ, **env}, first
+    process = serve().Process(target=work, args=args)
+    process.start()
+    process.said = lambda: [Path(f).read_text() for f in files]
+    return process
+
+def stop(*words, at, out, how=signal.SIGKILL):
+    "The command, which gets a signal as soon as the file `at` is there. The process, which has ended."
+    process = start(*words, out=out)
+    while process.is_alive() and not at.exists(): time.sleep(.001)
+    os.kill(process.pid, how)
+    process.join()
+    return process
+
+def two(*words, out, first=None):
+    "The command in two processes, as torchrun starts them; as there, a fault of one ends the other."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        env = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]))
+    pair = [start(*words, out=f'{out}{i}', first=first, RANK=i, LOCAL_RANK=i, **env) for i in '01']
+    while alive := [p.sentinel for p in pair if p.is_alive()]:
+        wait(alive)
+        if any(p.exitcode for p in pair):
+            for p in pair: p.terminate()
+    return pair
