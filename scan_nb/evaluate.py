@@ -258,7 +258,7 @@ def grade(
     scores = dict(n_images=len(clusters), n_clusters=len(clusters.unique()))
     if p is not None: scores |= label_free_metrics(p)
     if labels is None or not (labels >= 0).any(): return scores
-    scores |= cluster_metrics(clusters, labels := labels.cpu())
+    scores = cluster_metrics(clusters, labels := labels.cpu()) | scores
     table = contingency(clusters, labels, *(() if p is None else p.shape[1:]))
     if p is None or min(table.shape) < 5: return scores
     return scores | dict(top5=top_k_accuracy(p, labels, hungarian_match(table)))

@@ -26,24 +26,6 @@ from .scan import logits_of
 from .stages import estimate_seconds, run_stages
 from .training import pick_device
 
-# %% ../nbs/12b_scan.ipynb #12b00007
-def _say_estimate(recipe, images, device): # a complete recipe, splits
-    "What a run will take, on stderr."
-    minutes = {name: seconds/60 for name, seconds in estimate_seconds(recipe, images, device).items()}
-    parts = ', '.join(f'{name} {m:.0f}' for name, m in minutes.items() if m >= 1)
-    total = max(1, math.ceil(sum(minutes.values())))
-    print(f"About {total} minute{'s'*(total > 1)} on {device.type}{f' ({parts})'*bool(parts)}.",
-          file=sys.stderr, flush=True)
-
-# %% ../nbs/12b_scan.ipynb #12b00008
-def _same_shape(source, shape, progress=False): # images of any kind, see `as_image_set`; C, H, W
-    "Images as a model takes them; files are resized. Raises UserError for an array of another shape."
-    files = isinstance(source, (str, Path))
-    data = as_image_set(source, *((shape[1], shape[0]) if files else ()), progress=progress)
-    if list(data.images.shape[1:]) == list(shape): return data
-    is_, wanted = ('×'.join(map(str, v)) for v in (data.images.shape[1:], shape))
-    raise UserError(f'The images are {is_}, but {wanted} (channels×height×width) is needed: convert them.')
-
 # %% ../nbs/12b_scan.ipynb #12b0000b
 class SCAN:
     "Images to clusters, with scikit-learn's conventions; labels are never asked for (SCAN, figure 2)."
@@ -76,12 +58,12 @@ class SCAN:
         if data.labels is not None and not (data.labels >= 0).any(): data = replace(data, labels=None)
         shape = list(data.images.shape[1:])
         splits = {'all' if test is None else 'train': data}
-        if test is not None: splits['test'] = _same_shape(test, shape, progress)
-        if pretext is not None: splits['pretext'] = _same_shape(pretext, shape, progress)
+        if test is not None: splits['test'] = self._fitting(test, shape)
+        if pretext is not None: splits['pretext'] = self._fitting(pretext, shape)
         recipe = Recipe.for_images(data, device, recipe)
         new = progress and place()[1] == 1 and not (self.out and any(Path(self.out).glob('**/checkpoint*')))
         outcomes = run_stages(recipe, splits, self.out, device=device, progress=progress,
-                              ready=(lambda: _say_estimate(recipe, splits, device)) if new else None)
+                              ready=(lambda: self._say_estimate(recipe, splits, device)) if new else None)
         self.metrics_ = summarize(outcomes, splits, self.out, device)
         if self.out and not place()[0]: write_report(self.out)
         last, first = outcomes[-1], outcomes[0]
@@ -112,7 +94,7 @@ class SCAN:
 
     def scores(self, images: object, labels: object = None) -> dict:
         "acc, nmi, ari, … of any images with labels; None: their own. Raises UserError without labels."
-        data, labels = self._look(images)[0], labels
+        data = self._look(images)[0]
         labels = data.labels if labels is None else torch.as_tensor(np.asarray(labels))
         if labels is None: raise UserError('These images have no labels: scores need them.')
         p = torch.from_numpy(self.predict_proba(data))
@@ -144,7 +126,7 @@ class SCAN:
         names = 'n_clusters', 'recipe', 'seed', 'device', 'out', 'progress'
         params = {name: getattr(self, name) for name in names}
         flat = self._named().flat() if deep else {}
-        return params | {f"recipe__{name.replace('.', '__')}": value for name, value in flat.items()}
+        return params | {'recipe__' + name.replace('.', '__'): value for name, value in flat.items()}
 
     def set_params(self, **params: object):
         "Change settings. Raises UserError for a name that does not exist."
@@ -158,8 +140,8 @@ class SCAN:
         return self
 
     def __repr__(self):
-        changed = [f'{k}={v!r}' for k, v in self.get_params(False).items() if v not in (None, False)]
-        return f"SCAN({', '.join(changed)})"
+        params = self.get_params(False).items()
+        return f"SCAN({', '.join(f'{k}={v!r}' for k, v in params if v is not None and v is not False)})"
 
     def __sklearn_tags__(self): # what scikit-learn's own pipelines ask of an estimator
         from sklearn.base import BaseEstimator, ClusterMixin
@@ -177,8 +159,22 @@ class SCAN:
 
     def _look(self, images): # an ImageSet of the right shape, and what the model sees of it
         self._check_fitted()
-        data = _same_shape(images, self.shape_, self.progress)
+        data = self._fitting(images, self.shape_)
         return data, center_crop(data.images, self.recipe_.size or min(self.shape_[1:]))
+
+    def _fitting(self, images, shape): # an ImageSet of C×H×W: files are resized, other arrays refused
+        size = (shape[1], shape[0]) if isinstance(images, (str, Path)) else ()
+        data = as_image_set(images, *size, progress=self.progress and not place()[0])
+        is_, wanted = ('×'.join(map(str, v)) for v in (data.images.shape[1:], shape))
+        if is_ == wanted: return data
+        raise UserError(f'The images are {is_}, but {wanted} (channels×height×width) is needed: convert.')
+
+    def _say_estimate(self, recipe, images, device): # what a run will take, on stderr
+        minutes = {name: seconds/60 for name, seconds in estimate_seconds(recipe, images, device).items()}
+        parts = ', '.join(f'{name} {m:.0f}' for name, m in minutes.items() if m >= 1)
+        total = max(1, math.ceil(sum(minutes.values())))
+        print(f"About {total} minute{'s'*(total > 1)} on {device.type}{f' ({parts})'*bool(parts)}.",
+              file=sys.stderr, flush=True)
 
     def _check_fitted(self, text=''): # scikit-learn's error, and ours
         if hasattr(self, 'model_') and not text: return

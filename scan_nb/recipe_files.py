@@ -221,11 +221,10 @@ def load_env(
     file: str|Path,  # as for `find_config`
 ) -> dict:           # root_dir: folder of the results; data: name of a data set -> its folder or settings
     "Where things are on this machine. Raises UserError for another key, or a value that is no text."
-    given = {str(key): value for key, value in _load_mapping(file).items() if value is not None}
     known = {'root_dir': 'results', 'data': {}}
-    if wrong := [key for key in given if key not in known]:
-        raise UserError(f"'{file}': {wrong[0]} is no key: did you mean '{closest(wrong[0], known)}'?")
-    content = known | given
+    content = known | {str(key): v for key, v in _load_mapping(file).items() if v is not None}
+    for wrong in content.keys() - known.keys():
+        raise UserError(f"'{file}': {wrong} is no key: did you mean '{closest(wrong, known)}'?")
     if not isinstance(content['data'], dict):
         raise UserError(f"'{file}': data is {content['data']!r}: give names of data sets with their folders.")
     for key, value in _flat(content).items():

@@ -107,7 +107,7 @@ def check_value(
 @dataclass(frozen=True, kw_only=True)
 class StageRecipe:
     "What all stages have in common: what a stage sees, and how it moves the weights. Raises UserError."
-    stage: ClassVar[str] = 'stage'
+    stage: ClassVar[str] = 'stage'   # its name
     data: str|None = None        # name of a data set or a folder; None: images given by hand
     test_data: str|None = None   # name of the images to test on; None: all there are are learned from
     n_clusters: int = 10         # C, at most the number of images
@@ -174,7 +174,7 @@ def _check_together(recipe): # of a stage, each setting checked
 @dataclass(frozen=True, kw_only=True)
 class PretextRecipe(StageRecipe):
     "Features, then neighbors (SCAN, sections 2.1 and 2.2)."
-    stage: ClassVar[str] = 'pretext'
+    stage: ClassVar[str] = 'pretext' # its name
     setup: Literal['simclr', 'moco'] = 'simclr'  # how features are learned
     head: Literal['mlp', 'linear'] = 'mlp' # projection head
     features_dim: int = 128       # numbers that it gives
@@ -204,7 +204,7 @@ class PretextRecipe(StageRecipe):
 @dataclass(frozen=True, kw_only=True)
 class ScanRecipe(StageRecipe):
     "Clusters from neighbors (SCAN, section 2.2)."
-    stage: ClassVar[str] = 'scan'
+    stage: ClassVar[str] = 'scan'    # its name
     entropy_weight: float = 5.    # λ
     n_neighbors: int|None = None  # K, of those that were mined; None: all of them
     n_heads: int = 1              # cluster heads trained with the network
@@ -219,7 +219,7 @@ class ScanRecipe(StageRecipe):
 @dataclass(frozen=True, kw_only=True)
 class SelfLabelRecipe(StageRecipe):
     "Clusters from confident images (SCAN, section 2.3)."
-    stage: ClassVar[str] = 'selflabel'
+    stage: ClassVar[str] = 'selflabel' # its name
     threshold: float = .99          # confidence above which an image teaches
     balance: bool = True            # clusters weigh the same in the loss
     ema_decay: float|None = None    # the teacher is this average of the weights; None: the network itself
@@ -291,9 +291,11 @@ class Recipe:
         if name in SHARED: return getattr(self.scan, name)
         raise AttributeError(name)
 
-    def change(self, settings): # a recipe with other settings, see the function `change`
-        kept = {name: value for name, value in self.cpu.items() if name not in settings}
-        return Recipe(**{'selflabel': None} | change(self.stages, settings), cpu=kept)
+    def change(self, settings): # a recipe with other settings, on a CPU too; see the function `change`
+        there, here = (change(r.stages, settings) for r in (self, self.on('cpu') if self.cpu else self))
+        cpu = {f'{s}.{f.name}': v for s, r in here.items() for f in fields(r)
+               if (v := getattr(r, f.name)) != getattr(there[s], f.name)}
+        return Recipe(**{'selflabel': None} | there, cpu=cpu)
 
     def on(self, device): # the recipe as it is on this device, without `cpu`
         here = self.cpu if torch.device(device).type == 'cpu' else {}
@@ -428,7 +430,7 @@ def choices(
     if recipe.size is None: found['size'] = size, f'the images have {h}×{w} pixels'
     if recipe.backbone == 'small_resnet':
         small = dict(widths=(32, 64, 128) if size <= 12 else (32, 64, 128, 256), stem_stride=1 + (size > 16))
-        for name in small.keys() - recipe.backbone_options.keys():
+        for name in [name for name in small if name not in recipe.backbone_options]:
             found[f'backbone_options.{name}'] = small[name], f'what images of {size} pixels need'
     for stage, r in stages.items():
         if r.epochs is not None: continue

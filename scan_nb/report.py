@@ -133,8 +133,8 @@ def compare(
     last, count = outcomes[-1], min(len(features), 1000)
     index = torch.linspace(0, len(features) - 1, count).round().long()
     saved = Checkpoint(last.file.with_name('compare.pth.tar')) if last.file else None
-    found, labeled = saved and saved.load(), {k: v for k, v in splits.items() if v.labels is not None}
-    found = from_first(found)   # another process may have found the file a moment later
+    found = from_first(saved and saved.load())   # another process may find the file a moment later
+    labeled = {k: v for k, v in splits.items() if v.labels is not None}
     if found and (found['clusters'] or not labeled or not last.clusters): return found | dict(index=index)
     if not found: found = dict(points=embed_2d(features[index], last.recipe.seed), clusters={})
     if labeled and last.clusters: found['clusters'] = _kmeans(outcomes, labeled, device)
@@ -159,6 +159,15 @@ def _notes(outcome, skipped): # skipped: (path, reason) of files that could not 
                        "such as '{}' ({}).".format(*skipped[0]))
     return notes
 
+# %% ../nbs/12a_report.ipynb #12a00013
+def _names(data, probabilities): # of clusters, if there are any: that of their class
+    "What classes and clusters are called; nothing without labels."
+    if data.labels is None: return {}
+    classes = data.classes or [str(i) for i in range(data.n_classes)]
+    if probabilities is None: return dict(classes=classes)
+    match = describe_classes(probabilities.argmax(1), data.labels.cpu(), probabilities.shape[1])['match']
+    return dict(classes=classes, names=[classes[i] if i >= 0 else '' for i in match.tolist()])
+
 # %% ../nbs/12a_report.ipynb #12a00011
 def summarize(
     outcomes: list[Outcome],      # of a run, one per finished stage
@@ -168,10 +177,10 @@ def summarize(
 ) -> dict:                        # metrics.json
     "Grades and comparisons of a run; clusters.csv, metrics.json and what a report shows are written."
     splits, last = {k: v for k, v in images.items() if k != 'pretext'}, outcomes[-1]
-    model, (data, *_), (first, *_, final) = last.load(device), splits.values(), (*splits, *splits)
+    model, (first, *_, final), (data, *_) = last.load(device), (*splits, *splits), splits.values()
     seen = {k: center_crop(v.images, last.recipe.size or min(last.shape[1:])) for k, v in splits.items()}
     features = embed(model, seen[first])
-    p = {k: logits_of(model, x).softmax(1) for k, x in seen.items()} if last.clusters else {}
+    p = {k: logits_of(model, x).softmax(1) for k, x in seen.items() if last.clusters}
     found, steps = compare(outcomes, splits, features, device), _steps(outcomes, splits)
     metrics = dict(
         seconds=sum(step['seconds'] for step in steps.values()), device=torch.device(device).type,
@@ -180,13 +189,9 @@ def summarize(
         baselines={name: {k: grade(part, _sample(splits[k], len(part)).labels) for k, part in parts.items()}
                    for name, parts in found['clusters'].items()},
         history={name: rows for o in outcomes for name, rows in o.history.items()},
-        notes=_notes(last, data.skipped), skipped=data.skipped)
+        notes=_notes(last, data.skipped), skipped=data.skipped) | _names(data, p.get(first))
     scores = metrics['splits'].get(final, {})
     metrics = {k: scores[k] for k in ('acc', 'nmi', 'ari', 'n_clusters') if k in scores} | metrics
-    if data.labels is not None: metrics['classes'] = data.classes or [str(i) for i in range(data.n_classes)]
-    if p and data.labels is not None:
-        match = describe_classes(p[first].argmax(1), data.labels.cpu(), p[first].shape[1])['match']
-        metrics['names'] = [metrics['classes'][i] if i >= 0 else '' for i in match.tolist()]
     if folder: _write_results(Path(folder).expanduser(), metrics, splits, p, features, found)
     return metrics
 

@@ -68,7 +68,7 @@ def _read_array(file): # .npy; None when it is missing
     "An array that a stage wrote. Raises UserError when it is damaged."
     if not file.exists(): return None
     try: return torch.from_numpy(np.load(file))
-    except (ValueError, EOFError, OSError) as e:
+    except (ValueError, TypeError, EOFError, OSError) as e:
         raise UserError(f"'{file}' is damaged: delete it and 'model.pth.tar' beside it, run again.") from e
 
 # %% ../nbs/11b_run_folder.ipynb #11b0000f
@@ -101,7 +101,7 @@ def read_model(
         recipe, shape = stages[known['stage']], json.loads(known['shape'])
         model = make_model(recipe, shape, Normalize([0.]*shape[0], [1.]*shape[0]))
         model.load_state_dict(state)
-    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as e:
+    except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as e:
         raise UserError(f"'{file}' is damaged or belongs to another recipe: put back a good copy.") from e
     return tune(model.to(device).eval(), recipe.precision), stages, shape
 
@@ -133,7 +133,8 @@ class Outcome:
 
     @property
     def sha256(self): # of the weights
-        digest, state = sha256(), self.weights.get('model', self.weights)
+        digest, w = sha256(), self.weights
+        state = w.get('model', w.get('state_dict', w))
         for name, value in sorted(state.items()): digest.update(name.encode() + value.numpy().tobytes())
         return digest.hexdigest()[:20]
 
@@ -170,17 +171,28 @@ class Outcome:
         if state is None:
             itself = near is not None and near.ndim == 2 and (near[:, 0] == torch.arange(len(near))).all()
             return cls(recipe, list(shape), read_weights(file), near[:, 1:] if itself else near, file=file)
-        try: recipe = {r.stage: r for r in STAGES.values()}[state.pop('stage')](**state.pop('recipe'))
+        z, weights = _read_array(path/'embeddings.npy'), read_weights(file)
+        try:
+            recipe = {r.stage: r for r in STAGES.values()}[state.pop('stage')](**state.pop('recipe'))
+            found = cls(recipe, weights=weights, embeddings=z, file=file, **state)
         except (KeyError, TypeError, UserError) as e: raise saved.unusable('is of another kind') from e
-        z = _read_array(path/'embeddings.npy')
-        return cls(recipe, weights=read_weights(file), embeddings=z, file=file, **state)
+        if z is not None or recipe.stage != 'pretext': return found
+        raise UserError(f"'{path/'embeddings.npy'}' is missing: delete 'model.pth.tar' beside it, run again.")
 
 # %% ../nbs/11b_run_folder.ipynb #11b00013
 def _read_json(file): # exists
     "A JSON file that holds a mapping. Raises UserError when it is damaged."
     try: return dict(json.loads(file.read_bytes()))
-    except (ValueError, TypeError) as e:
-        raise UserError(f"'{file}' is damaged: put back a good copy, or start in another folder.") from e
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"'{file}' is missing or damaged: put back a copy, or take another folder.") from e
+
+# %% ../nbs/11b_run_folder.ipynb #11b0001f
+def _asked(recipe, seen, device): # fingerprints of the images by split
+    "What a stage is asked to do, as JSON has it."
+    settings = {k if k in SHARED else f'{recipe.stage}.{k}': v for k, v in asdict(recipe).items()}
+    images = {k: v for k, v in seen.items() if k != 'pretext' or recipe.stage == 'pretext'}
+    new = settings | dict(images=images, device=torch.device(device).type, scan_nb=__version__)
+    return json.loads(json.dumps(new))
 
 # %% ../nbs/11b_run_folder.ipynb #11b00014
 def open_folder(
@@ -193,21 +205,17 @@ def open_folder(
     "Begin or continue. Raises UserError for a folder with other things, other settings, images or weights."
     folder, changed, asked = Path(folder).expanduser(), [], {}
     if folder.exists() and not folder.is_dir(): raise UserError(f"'{folder}' is a file: give a folder.")
-    if folder.exists() and not any((folder/name).exists() for name in ('recipe.yml', *PARTS)):
-        if any(not p.name.startswith('.') for p in folder.iterdir()):
-            raise UserError(f"'{folder}' is not empty and holds no run: choose another folder.")
+    if (inside := {p.name for p in folder.glob('[!.]*')}) and not inside & {'recipe.yml', *PARTS}:
+        raise UserError(f"'{folder}' is not empty and holds no run: choose another folder.")
     seen = {split: fingerprint_images(part) for split, part in images.items()}
     for r in recipes:
-        file, own = folder/r.folder/'stage.json', {k: v for k, v in seen.items() if k != 'pretext'}
-        settings = {k if k in SHARED else f'{r.stage}.{k}': v for k, v in asdict(r).items()}
+        file = folder/r.folder/'stage.json'
         old = _read_json(file) if file.exists() else {}
-        new = settings | dict(images=seen if r.stage == 'pretext' else own, device=torch.device(device).type)
-        asked[file] = json.loads(json.dumps(new | dict(start=start or old.get('start'), scan_nb=__version__)))
-        same = asked[file] | old | {'scan_nb': __version__}
-        changed += list_differences(same | (dict(start=start) if not same['start'] else {}), asked[file])
-    if changed:
-        raise UserError(f"'{folder}' holds other results ({'; '.join(dict.fromkeys(changed))}): "
-                        'choose another folder, or delete this one.')
+        asked[file] = new = _asked(r, seen, device) | dict(start=start or old.get('start'))
+        same = dict(scan_nb=__version__, start=old.get('start') or new['start'])
+        changed += list_differences(new | old | same, new)
+    what = '; '.join(dict.fromkeys(changed))
+    if what: raise UserError(f"'{folder}' holds other results ({what}): choose another folder, or delete it.")
     for file, new in asked.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         with writing(file) as f: f.write(json.dumps(new, indent=1).encode())
@@ -219,7 +227,8 @@ def read_run(
 ) -> list[Outcome]:     # one per finished stage, in their order
     "What the stages of a run left. Raises UserError when there is none, or a file is damaged."
     folder, found, start = Path(folder).expanduser(), [], None
-    for pattern in ('selflabel', 'scan', 'pretext/*'):
+    stages = [*load_stages(folder/'recipe.yml')] if (folder/'recipe.yml').exists() else PARTS
+    for pattern in ('selflabel', 'scan', 'pretext/*')[2 - PARTS.index(stages[-1]):]:   # of model.safetensors
         files = [p/'model.pth.tar' for p in folder.glob(pattern) if (p/'model.pth.tar').is_file()]
         done = [Outcome.read(f) for f in sorted(files, key=lambda f: f.stat().st_mtime)
                 if f.with_name('outcome.pth.tar').exists()]

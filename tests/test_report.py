@@ -1,5 +1,6 @@
-"The report: one offline page, right in what it shows, with and without labels, for any number of clusters."
-import base64, html, io, json, re, shutil
+"The report and what it is made of: right in what it shows, with or without labels, however far a run came."
+import base64, csv, html, io, json, re, shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -7,31 +8,39 @@ import numpy as np
 import pytest, torch
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 from PIL import Image
+from test_stages import TINY, plain, three_digits
+from scan_nb import report
 from scan_nb.data import ImageSet, UserError, digits
-from scan_nb.evaluate import cluster_metrics, label_free_metrics
-from scan_nb.report import (choose_images, draw_figures, read_metrics, read_run, save_examples,
-                            table_of_scores,
-                            write_report)
+from scan_nb.evaluate import cluster_metrics, confusion, kmeans_baseline, label_free_metrics
+from scan_nb.recipe_files import load_stages
+from scan_nb.recipes import Recipe
+from scan_nb.report import (STAGE_NAMES, choose_images, compare, describe_classes, draw_confusion, draw_figures,
+                            draw_prototypes, read_examples, read_metrics, save_examples, summarize,
+                            table_of_scores, write_clusters, write_report)
+from scan_nb.run_folder import Outcome
+from scan_nb.stages import run_pretext, run_scan
+
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def fake_run(folder, data, probabilities, points=None):
-    "A run folder as the pipeline would leave it, without training anything."
+    "A run folder as a run would leave it, without training anything."
     folder.mkdir(parents=True, exist_ok=True)
     p, n, labels = torch.as_tensor(probabilities).float(), len(data), data.labels
     final = dict(n_images=n, n_clusters=len(p.argmax(1).unique())) | label_free_metrics(p)
     if labels is not None: final |= cluster_metrics(p.argmax(1), labels)
     stage = dict(kept=True, reason='kept: <it> was "better" & fine', epochs=2, seconds=1.5,
                  splits={'all': final})
-    metrics = dict(seconds=3., device='cpu', split='all', fitted_on='all', splits={'all': final},
-                   stages={'pretext': stage | {'splits': {}}, 'heads': stage, 'scan': stage},
-                   notes=['Note <b>this</b>.'],
+    near = stage | dict(epochs=0, splits={'all': dict(n_images=n, knn_accuracy=.5)})
+    rows = [dict(epoch=e, loss=1/e) for e in (1, 2)]
+    metrics = dict(seconds=3., device='cpu', images={'all': n}, split='all', fitted_on='all', splits={'all': final},
+                   stages={'pretext': stage | {'splits': {}}, 'neighbors': near, 'heads': stage, 'scan': stage},
+                   notes=['Note <b>this</b>.'], skipped=[('a<b>.png', 'an empty file')],
                    baselines={'kmeans_pixels': {'all': final}} if labels is not None else {},
-                   skipped=[('a<b>.png', 'an empty file')])
+                   history={'pretext': rows, 'neighbors': [], 'heads': rows, 'scan': rows})
     del metrics['stages']['pretext']['splits']
     if labels is not None: metrics |= {'classes': data.classes or [str(i) for i in range(data.n_classes)]}
     (folder/'metrics.json').write_text(json.dumps(metrics))
-    (folder/'metrics.jsonl').write_text(''.join(json.dumps(dict(stage=s, epoch=e, loss=1/e)) + '\n'
-                                                for s in ('pretext', 'heads', 'scan') for e in (1, 2)))
-    (folder/'recipe.yml').write_text('settings: {n_clusters: 3, views: {flip_p: 0}}\ndata: {shape: [1, 8]}\n')
+    (folder/'recipe.yml').write_text('scan: {num_classes: 3, augmentation_kwargs: {flip_p: <i>0</i>}}\n')
     where = torch.arange(min(n, 50))
     features = data.images.flatten(1).float()
     save_examples(folder, data, features, p, features[where, :2] if points is None else points, where)
@@ -110,7 +119,7 @@ def test_sizes_and_certainty_are_right(run, p):
     assert '10 clusters of 200 images' in text and 'accuracy' in text
 
 def test_frames_mark_exactly_the_other_labels(run):
-    shown = read_run(run)['examples']
+    shown = read_examples(run)['examples']
     text = write_report(run).read_text()
     wrong = dict(zip(shown['index'].tolist(), (shown['match'][shown['cluster']] != shown['label']).tolist()))
     found = re.findall(r'<figure class="([^"]*)">\s*<img src="[^"]+" alt="image (\d+):', text)
@@ -198,7 +207,7 @@ def test_choice_of_images(n, n_clusters, per_cluster, seed):
 
 def test_style_and_figures_outside_are_left_alone(run):
     figure, before = plt.figure(), {k: v for k, v in plt.rcParams.items()}
-    draw_figures(read_run(run))
+    draw_figures(read_examples(run))
     assert dict(plt.rcParams.items()) == before and plt.get_fignums() == [figure.number]
     plt.close(figure)
 
@@ -222,7 +231,7 @@ def test_table_of_scores(run):
 
 # -- damage --
 
-@pytest.mark.parametrize('name', ['metrics.json', 'metrics.jsonl', 'recipe.yml', 'examples.npz'])
+@pytest.mark.parametrize('name', ['metrics.json', 'recipe.yml', 'examples.npz'])
 def test_missing_and_damaged_files_are_named(run, tmp_path, name):
     shutil.copytree(run, tmp_path/'run')
     file = tmp_path/'run'/name

@@ -69,6 +69,8 @@ def content(folder):
         return plain(json.loads(file.read_text())) if file.suffix == '.json' else file.read_bytes()
     return {f.relative_to(folder).as_posix(): read(f) for f in folder.rglob('*') if f.is_file()}
 
+def of_stages(folder): return {name: value for name, value in content(folder).items() if '/' in name}
+
 def result(outcome):
     "All that came out of a stage."
     names = 'weights', 'neighbors', 'embeddings', 'steps', 'history', 'clusters', 'note'
@@ -243,22 +245,22 @@ def test_says_where_it_continues(data, recipe, tmp_path, monkeypatch):
     run_pretext(recipe.pretext, {'all': data}, None, tmp_path, say=say)
     assert 'simclr continues after epoch 2 of 2' in say.text
 
-@pytest.mark.parametrize('home', HOMES)
-def test_time_before_a_kill_counts(home, whole, copy, data, recipe, monkeypatch):
+@pytest.mark.parametrize('where', HOMES)
+def test_time_before_a_kill_counts(where, whole, copy, data, recipe, monkeypatch):
     clock, epochs = iter(range(0, 10**9, 100)), training.train_epoch
     monkeypatch.setattr(stages, 'time', SimpleNamespace(monotonic=lambda: next(clock)))
-    for later in HOMES[HOMES.index(home):]: shutil.rmtree(copy/later)
+    for later in HOMES[HOMES.index(where):]: shutil.rmtree(copy/later)
     def deadly(run, step, epoch):
         if epoch == 2: raise Killed
         return epochs(run, step, epoch)
     with monkeypatch.context() as m:
         m.setattr(training, 'train_epoch', deadly)
         with pytest.raises(Killed): run_stages(recipe, {'all': data}, copy)
-    spent = {name: torch.load(copy/home/f'{name}.pth.tar')['seconds']
-             for name in ('checkpoint', 'heads') if (copy/home/f'{name}.pth.tar').exists()}
+    spent = {name: torch.load(copy/where/f'{name}.pth.tar')['seconds']
+             for name in ('checkpoint', 'heads') if (copy/where/f'{name}.pth.tar').exists()}
     steps = {name: s for o in run_stages(recipe, {'all': data}, copy) for name, s in o.steps.items()}
-    assert steps[home.split('/')[0]]['seconds'] > spent['checkpoint'] > 0
-    if home == 'scan': assert steps['heads']['seconds'] == spent['heads'] > 0
+    assert steps[where.split('/')[0]]['seconds'] > spent['checkpoint'] > 0
+    if where == 'scan': assert steps['heads']['seconds'] == spent['heads'] > 0
 
 # -- where a stage starts --
 
@@ -286,17 +288,6 @@ def test_the_newest_pretext_is_the_start(copy, data, recipe):
         assert f"starts from {copy/'pretext'/newest}" in say.text
         shutil.rmtree(copy/'scan')
     assert outcome.file == copy/'pretext/moco/model.pth.tar'
-
-def test_a_run_is_what_its_last_stage_started_from(copy, data, recipe):
-    "Of two pretext tasks in a folder, the one that led to the clusters counts, and recipe.yml names it."
-    moco = run_pretext(recipe.change({'pretext.setup': 'moco'}).pretext, {'all': data}, None, copy)
-    def names(): return [getattr(o.recipe, 'setup', o.recipe.stage) for o in read_run(copy)]
-    assert names() == ['simclr', 'scan', 'selflabel']
-    for part in ('scan', 'selflabel'): shutil.rmtree(copy/part)
-    simclr = Outcome.read(copy/'pretext/simclr/model.pth.tar')
-    run_scan(recipe.scan, {'all': data}, simclr.file, copy)
-    assert names() == ['simclr', 'scan'] and moco.sha256 != simclr.sha256
-    assert (copy/'recipe.yml').read_text().startswith('pretext:\n  setup: simclr')
 
 def cast(state, kind): return {k: v.to(kind) if v.is_floating_point() else v for k, v in state.items()}
 
@@ -455,7 +446,7 @@ def test_neighbors_of_other_images_beside_a_start(whole, data, recipe, tmp_path)
 
 # -- damage --
 
-NEEDED = ['pretext/simclr/embeddings.npy', *(f'{home}/{name}' for home in HOMES for name in (
+NEEDED = ['pretext/simclr/embeddings.npy', *(f'{where}/{name}' for where in HOMES for name in (
     'outcome.pth.tar', 'model.pth.tar', 'topk-train-neighbors.npy', 'stage.json'))]
 
 @pytest.mark.parametrize('how', ['cut', 'empty'])
@@ -467,32 +458,39 @@ def test_a_damaged_file_is_named(name, how, copy, data, recipe):
     with pytest.raises(UserError, match=re.escape(name)) as e: run_stages(recipe, {'all': data}, copy)
     assert '\n' not in str(e.value) and listing(copy) == before
 
-@pytest.mark.parametrize('name', NEEDED)
-def test_a_deleted_file_comes_back(name, whole, copy, data, recipe):
-    "As the messages advise: what is missing is made once more, to the bit, and the rest is as it was."
-    (copy/name).unlink()
+GONE = [['outcome'], ['model'], ['model', 'topk-train-neighbors.npy'], ['stage.json'], ['model', 'embeddings.npy']]
+
+@pytest.mark.parametrize('home, gone', [(home, gone) for home in HOMES for gone in GONE
+                                        if home == HOMES[0] or 'embeddings.npy' not in gone], ids=str)
+def test_what_is_deleted_comes_back(home, gone, whole, copy, data, recipe):
+    "As messages advise: what is missing is made once more, to the bit, and the rest is as it was."
+    for name in gone: (copy/home/(name if '.' in name else f'{name}.pth.tar')).unlink()
     found = run_stages(recipe, {'all': data}, copy)
-    assert [result(o) for o in found] == [result(o) for o in read_run(copy)]
-    assert content(copy) == content(whole[1])
+    assert [o.sha256 for o in found] == [o.sha256 for o in whole[0]]
+    assert of_stages(copy) == of_stages(whole[1])
+
+def test_missing_features_are_named(copy, data, recipe):
+    (copy/'pretext/simclr/embeddings.npy').unlink()
+    with pytest.raises(UserError, match='embeddings.npy'): run_stages(recipe, {'all': data}, copy)
 
 @pytest.mark.parametrize('how', ['cut', 'other'])
-@pytest.mark.parametrize('name', ['scan/heads.pth.tar', *(f'{home}/checkpoint.pth.tar' for home in HOMES)])
+@pytest.mark.parametrize('name', ['scan/heads.pth.tar', *(f'{where}/checkpoint.pth.tar' for where in HOMES)])
 def test_a_damaged_checkpoint_is_named(name, how, whole, copy, data, recipe):
     "On the way; a finished stage needs none. Without it the stage is trained anew, to the same bits."
-    raw, home = (copy/name).read_bytes(), (copy/name).parent
+    raw, where = (copy/name).read_bytes(), (copy/name).parent
     if how == 'other': torch.save(dict(something=1), copy/name)
     else: (copy/name).write_bytes(raw[:-100])
     run_stages(recipe, {'all': data}, copy)
-    (home/'model.pth.tar').unlink()
+    (where/'model.pth.tar').unlink()
     with pytest.raises(UserError, match=re.escape(name)): run_stages(recipe, {'all': data}, copy)
     (copy/name).unlink()
     run_stages(recipe, {'all': data}, copy)
-    assert content(copy) == content(whole[1])
+    assert of_stages(copy) == of_stages(whole[1])
 
-@pytest.mark.parametrize('home', HOMES)
+@pytest.mark.parametrize('where', HOMES)
 @pytest.mark.parametrize('change', [dict(stage='other'), dict(recipe=dict(colour=1)), dict(more=1)], ids=str)
-def test_an_outcome_of_another_kind_is_named(home, change, copy, data, recipe):
-    file = copy/home/'outcome.pth.tar'
+def test_an_outcome_of_another_kind_is_named(where, change, copy, data, recipe):
+    file = copy/where/'outcome.pth.tar'
     torch.save(torch.load(file, weights_only=True) | change, file)
     with pytest.raises(UserError, match='outcome.pth.tar.*another kind'):
         run_stages(recipe, {'all': data}, copy)
@@ -636,7 +634,7 @@ def test_more_images_for_the_pretext_task(data, recipe, tmp_path):
     assert found[0].neighbors.shape == (45, 3) and found[0].neighbors.max() < 45
     assert found[1].weights['normalize']['mean'].equal(learned.weights['normalize']['mean'])
     assert {k: len(v) for k, v in found[-1].clusters['selflabel'].items()} == dict(train=45, test=45)
-    asked = [json.loads((tmp_path/'run'/home/'stage.json').read_text())['images'] for home in HOMES]
+    asked = [json.loads((tmp_path/'run'/where/'stage.json').read_text())['images'] for where in HOMES]
     assert [*map(list, asked)] == [['train', 'test', 'pretext'], ['train', 'test'], ['train', 'test']]
     with pytest.raises(UserError, match=r'images\.pretext\.images: 180 → 170'):
         run_stages(recipe, images | dict(pretext=more[:170]), tmp_path/'run')
