@@ -448,4 +448,7 @@ def atomic_write(
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+    except OSError as e:
+        if e.filename == str(part): e.filename = str(path)   # the name that was asked for
+        raise
     finally: part.unlink(missing_ok=True)

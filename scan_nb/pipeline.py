@@ -49,25 +49,24 @@ class SCAN:
         pretext: images for the pretext task alone, in place of `images`
         """
         device, progress = pick_device(self.device), self.progress and not place()[0]
-        recipe = self._base(device)
-        size = recipe.size if isinstance(images, (str, Path)) else None
-        data = as_image_set(images, size, progress=progress)
-        if labels is not None:
-            labels = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
-            data = replace(data, labels=labels, classes=None)
+        recipe, out = self._base(device), None if self.out is None else Path(self.out).expanduser()
+        shape = (recipe.size, recipe.channels) if isinstance(images, (str, Path)) else ()
+        data = as_image_set(images, *shape, progress=progress)
+        if labels is not None: data = self._labeled(data, labels)
         if data.labels is not None and not (data.labels >= 0).any(): data = replace(data, labels=None)
         shape = list(data.images.shape[1:])
         splits = {'all' if test is None else 'train': data}
         if test is not None: splits['test'] = self._fitting(test, shape)
         if pretext is not None: splits['pretext'] = self._fitting(pretext, shape)
         recipe = Recipe.for_images(data, device, recipe)
-        new = progress and place()[1] == 1 and not (self.out and any(Path(self.out).glob('**/checkpoint*')))
-        outcomes = run_stages(recipe, splits, self.out, device=device, progress=progress,
+        new = progress and place()[1] == 1 and not (out and any(out.glob('**/checkpoint*')))
+        outcomes = run_stages(recipe, splits, out, device=device, progress=progress,
                               ready=(lambda: self._say_estimate(recipe, splits, device)) if new else None)
-        self.metrics_ = summarize(outcomes, splits, self.out, device)
-        if self.out and not place()[0]: write_report(self.out)
+        self.metrics_ = summarize(outcomes, splits, out, device)
+        if out and not place()[0]: write_report(out)
         last, first = outcomes[-1], outcomes[0]
         self.model_, self.shape_, self.recipe_ = last.load(device), last.shape, recipe
+        self._parts = {outcome.recipe.stage: outcome.recipe for outcome in outcomes}
         self.labels_ = list(last.clusters.values())[-1][next(iter(splits))].long().numpy()
         self.embeddings_, self.neighbors_ = first.embeddings.numpy(), first.neighbors.numpy()
         self.history_, self.stages_ = self.metrics_['history'], self.metrics_['stages']
@@ -90,15 +89,17 @@ class SCAN:
 
     def transform(self, images: object) -> np.ndarray:
         "The features of the newest model: N×D float32. Raises UserError for images of another shape."
-        return embed(self.model_, self._look(images)[1]).numpy()
+        seen = self._look(images)[1]
+        return embed(self.model_, seen).numpy()
 
     def scores(self, images: object, labels: object = None) -> dict:
         "acc, nmi, ari, … of any images with labels; None: their own. Raises UserError without labels."
         data = self._look(images)[0]
-        labels = data.labels if labels is None else torch.as_tensor(np.asarray(labels))
-        if labels is None: raise UserError('These images have no labels: scores need them.')
+        if labels is not None: data = self._labeled(data, labels)
         p = torch.from_numpy(self.predict_proba(data))
-        return grade(p.argmax(1), replace(data, labels=labels).labels, p)
+        if data.labels is None or not (data.labels >= 0).any():
+            raise UserError('These images have no labels: scores need them.')
+        return grade(p.argmax(1), data.labels, p)
 
     def score(self, images: object, labels: object = None) -> float:
         "Accuracy under the best one-to-one matching of clusters to classes. Raises UserError without labels."
@@ -109,16 +110,15 @@ class SCAN:
         self._check_fitted()
         folder = open_folder(folder, [], {}, 'cpu')
         folder.mkdir(parents=True, exist_ok=True)
-        with writing(folder/'recipe.yml') as f: f.write(to_yaml(self.recipe_).encode())
-        stage = [name for name, r in self.recipe_.stages.items() if r.epochs or name == 'scan'][-1]
-        write_model(folder, self.model_, self.shape_, stage)
+        with writing(folder/'recipe.yml') as f: f.write(to_yaml(self._parts).encode())
+        write_model(folder, self.model_, self.shape_, [*self._parts][-1])
 
     @classmethod
     def load(cls, folder: str|Path, device: str|None = None) -> 'SCAN':
         "A SCAN ready to predict, from a run folder or what `save` wrote. Raises UserError, as for damage."
         model, stages, shape = read_model(Path(folder).expanduser(), pick_device(device))
         scan = cls(recipe=Recipe(**{'selflabel': None} | stages), device=device)
-        scan.model_, scan.shape_, scan.recipe_ = model, shape, scan.recipe
+        scan.model_, scan.shape_, scan.recipe_, scan._parts = model, shape, scan.recipe, stages
         return scan
 
     def get_params(self, deep: bool = True) -> dict:
@@ -135,8 +135,8 @@ class SCAN:
             if name in own: own[name] = value
             elif name.startswith('recipe__'): inner[name[8:].replace('__', '.')] = value
             else: raise UserError(f"SCAN has no setting '{name}': choose from {', '.join(own)}.")
+        if inner: own['recipe'] = SCAN(recipe=own['recipe'], device=own['device'])._named().change(inner)
         for name, value in own.items(): setattr(self, name, value)
-        if inner: self.recipe = self._named().change(inner)
         return self
 
     def __repr__(self):
@@ -160,7 +160,12 @@ class SCAN:
     def _look(self, images): # an ImageSet of the right shape, and what the model sees of it
         self._check_fitted()
         data = self._fitting(images, self.shape_)
-        return data, center_crop(data.images, self.recipe_.size or min(self.shape_[1:]))
+        return data, center_crop(data.images, [*self._parts.values()][-1].size or min(self.shape_[1:]))
+
+    def _labeled(self, data, labels): # the data with other labels
+        try: labels = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
+        except (TypeError, ValueError): raise UserError('labels: give one whole number per image.') from None
+        return replace(data, labels=labels, classes=None)
 
     def _fitting(self, images, shape): # an ImageSet of C×H×W: files are resized, other arrays refused
         size = (shape[1], shape[0]) if isinstance(images, (str, Path)) else ()

@@ -6,20 +6,18 @@
 __all__ = ['VIEWS', 'LIMITS', 'BACKBONE_OPTIONS', 'SHARED', 'STAGES', 'PARTS', 'SIMCLR_VIEWS', 'IMAGENET_COLORS', 'MOCO', 'PAPER',
            'FOLDER', 'SILHOUETTES', 'CLOTHES', 'SKY', 'PRESETS', 'UPDATES', 'EPOCHS', 'make_views', 'check_value',
            'StageRecipe', 'PretextRecipe', 'ScanRecipe', 'SelfLabelRecipe', 'change', 'Recipe', 'list_differences',
-           'auto_epochs', 'choices', 'complete', 'make_optimizer', 'make_schedule']
+           'auto_epochs', 'choices', 'complete']
 
 # %% ../nbs/11_recipes.ipynb #389b037b
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from math import inf as INF, isfinite
 from types import NoneType, UnionType
 from typing import ClassVar, Literal, Union, get_args, get_origin
 import torch
-from torch import Tensor, nn
+from torch import nn
 from .augment_fast import SimCLRAugment, StrongAugment, WeakAugment
 from .data import ImageSet, UserError, closest
 from .simclr import DIGITS_VIEWS
-from .training import CosineSchedule, StepSchedule, steps_per_epoch
 
 # %% ../nbs/11_recipes.ipynb #28522f5c
 VIEWS = {'standard': WeakAugment, 'simclr': SimCLRAugment, 'ours': StrongAugment}
@@ -42,14 +40,14 @@ def make_views(
 # %% ../nbs/11_recipes.ipynb #83fa9b97
 LIMITS = {   # lowest and highest value of numbers, and of numbers in a list; of all stages, or of one
     'n_clusters': (2, INF), 'size': (1, INF), 'mean': (0, 1), 'std': (1e-6, INF), 'n_networks': (1, 2),
-    'seed': (0, 2**32 - 1), 'lr': (0, INF), 'momentum': (0, 1), 'weight_decay': (0, INF),
-    'lr_decay_rate': (0, 1), 'lr_decay_epochs': (0, INF), 'epochs': (0, INF), 'pretext.epochs': (1, INF),
-    'batch_size': (1, INF), 'pretext.batch_size': (2, INF), 'features_dim': (1, INF),
-    'temperature': (1e-6, INF), 'warmup': (0, 1), 'queue_size': (1, INF), 'key_momentum': (0, 1),
-    'n_neighbors': (1, INF), 'n_neighbors_val': (1, INF), 'time_window': (0, INF), 'n_views': (0, INF),
-    'whiten': (0, 1), 'entropy_weight': (0, INF), 'n_heads': (1, INF), 'tried_heads': (1, INF),
-    'heads_epochs': (0, INF), 'prior': (1e-9, INF), 'remine_every': (0, INF), 'threshold': (0, 1 - 1e-6),
-    'ema_decay': (0, 1 - 1e-6)}
+    'seed': (0, 2**32 - 1), 'widths': (1, INF), 'stem_stride': (1, INF), 'lr': (0, INF), 'momentum': (0, 1),
+    'weight_decay': (0, INF), 'lr_decay_rate': (0, 1), 'lr_decay_epochs': (0, INF), 'epochs': (0, INF),
+    'pretext.epochs': (1, INF), 'batch_size': (1, INF), 'pretext.batch_size': (2, INF),
+    'features_dim': (1, INF), 'temperature': (1e-6, INF), 'warmup': (0, 1), 'queue_size': (1, INF),
+    'key_momentum': (0, 1), 'n_neighbors': (1, INF), 'n_neighbors_val': (1, INF), 'time_window': (0, INF),
+    'n_views': (0, INF), 'whiten': (0, 1), 'entropy_weight': (0, INF), 'n_heads': (1, INF),
+    'tried_heads': (1, INF), 'heads_epochs': (0, INF), 'prior': (1e-9, INF), 'remine_every': (0, INF),
+    'threshold': (0, 1 - 1e-6), 'ema_decay': (0, 1 - 1e-6)}
 
 # %% ../nbs/11_recipes.ipynb #ce4b8dac
 def _plain(value): # a number of any kind, a text, a list or a mapping -> lists as tuples, texts as numbers
@@ -157,6 +155,10 @@ def _check_together(recipe): # of a stage, each setting checked
     for name in [] if r.backbone.startswith('timm:') else r.backbone_options:
         if name not in BACKBONE_OPTIONS:
             raise UserError(f"There is no backbone option '{name}': give {' or '.join(BACKBONE_OPTIONS)}.")
+        check_value(name, tuple[int, ...] if name == 'widths' else int, r.backbone_options[name])
+    if r.backbone_options.get('widths') == (): raise UserError('widths is empty: give numbers of channels.')
+    if getattr(r, 'time_window', 0) and r.index != 'exact':
+        raise UserError("time_window needs the index 'exact'.")
     if (r.mean is None) != (r.std is None) or r.mean is not None and len(r.mean) != len(r.std):
         raise UserError(f'mean is {r.mean} and std is {r.std}: give one of each per channel, or neither.')
     if r.mean is not None and len(r.mean) not in ((1, 3) if r.channels is None else (r.channels,)):
@@ -301,9 +303,10 @@ class Recipe:
         here = self.cpu if torch.device(device).type == 'cpu' else {}
         return Recipe(**{'selflabel': None} | change(self.stages, here))
 
-    def __repr__(self): # what differs from PRESETS['folder']
-        old = FOLDER.flat()
-        return f"Recipe({', '.join(f'{k}={v!r}' for k, v in self.flat().items() if old.get(k) != v)})"
+    def __repr__(self): # what differs from FOLDER
+        old, new = FOLDER.flat(), {k: (v, k.split('.')[1]) for k, v in self.flat().items()}
+        new = {n if n in SHARED else k: v for k, (v, n) in new.items() if old.get(k) != v}
+        return f'FOLDER.change({new})'
 
     def flat(self): # every setting by its name, as for `change`
         return {f'{s}.{f.name}': getattr(r, f.name) for s, r in self.stages.items() for f in fields(r)}
@@ -449,29 +452,3 @@ def complete(
 ) -> dict:                # stage -> its recipe, without open settings
     "A recipe with what its images and the machine choose."
     return change(stages, {name: value for name, (value, why) in choices(stages, images, device).items()})
-
-# %% ../nbs/11_recipes.ipynb #f1c255bf
-def make_optimizer(
-    recipe: StageRecipe,           # names the optimizer and its settings
-    parameters: Iterable[Tensor],  # to train: of the network, or of the heads alone
-) -> torch.optim.Optimizer:        # SGD or Adam
-    "The optimizer of a stage."
-    common = dict(lr=recipe.lr, weight_decay=recipe.weight_decay)
-    if recipe.optimizer == 'adam': return torch.optim.Adam(parameters, **common)
-    return torch.optim.SGD(parameters, momentum=recipe.momentum, nesterov=recipe.nesterov, **common)
-
-# %% ../nbs/11_recipes.ipynb #c0391211
-def make_schedule(
-    recipe: StageRecipe,               # names the schedule and its settings
-    optimizer: torch.optim.Optimizer,  # its learning rate is the highest
-    n_images: int,                     # of the training set; with batch_size and epochs they give the updates
-) -> CosineSchedule:                   # moves on with each update
-    "The learning rate of a stage."
-    per_epoch = steps_per_epoch(n_images, recipe.batch_size)
-    steps = max(1, recipe.epochs*per_epoch)
-    warmup = round(getattr(recipe, 'warmup', 0.)*steps)
-    if recipe.scheduler == 'step':
-        at = [n*per_epoch for n in recipe.lr_decay_epochs]
-        return StepSchedule(optimizer, at, recipe.lr_decay_rate, warmup)
-    final = 1. if recipe.scheduler == 'constant' else recipe.lr_decay_rate**3
-    return CosineSchedule(optimizer, steps, warmup, final)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGE_NAMES', 'SCORES', 'EARLY', 'choose_images', 'describe_classes', 'save_examples', 'write_clusters', 'compare',
-           'summarize', 'read_metrics', 'read_examples', 'draw_figures', 'save_figure', 'draw_confusion',
-           'draw_prototypes', 'table_of_scores', 'write_report']
+           'summarize', 'read_metrics', 'read_examples', 'draw_figures', 'draw_confusion', 'draw_prototypes',
+           'table_of_scores', 'write_report']
 
 # %% ../nbs/12a_report.ipynb #595033f8
 import base64, csv, io, json
@@ -17,6 +17,7 @@ from .data import ImageSet, UserError, show_images
 from .distributed import from_first, place
 from .evaluate import confusion, contingency, grade, hungarian_match, kmeans_baseline, majority_match
 from .neighbors import center_crop, embed
+from .recipes import _flat
 from .run_folder import Outcome, writing
 from .scan import logits_of
 from .training import Checkpoint
@@ -109,16 +110,16 @@ def _sample(data, count): # data itself, if it has no more images
     return data if len(data) <= count else data[torch.linspace(0, len(data) - 1, count).round().long()]
 
 # %% ../nbs/12a_report.ipynb #12a00005
-def _kmeans(outcomes, splits, device): # splits with labels; -> baseline -> split -> int32
+def _kmeans(outcomes, splits, device): # baseline -> split -> int32
     "k-means on pixels and on features, fitted on at most 10,000 images of the first split."
     r, pretext, limit, found = outcomes[-1].recipe, outcomes[0].load(device), 2**29, {}
     some = {k: _sample(v, max(1000, limit//v.images[0].numel())).images.cpu() for k, v in splits.items()}
-    fitted, sizes = _sample(next(iter(splits.values())), 10_000).images.cpu(), [len(x) for x in some.values()]
+    fitted = _sample(next(iter(splits.values())), 10_000).images.cpu()
     def features(x): return embed(pretext, center_crop(x, r.size or min(x.shape[2:])))
     for name, see in dict(pixels=lambda x: x, features=features).items():
         every = torch.cat([see(x) for x in some.values()])
         clusters = kmeans_baseline(see(fitted), r.n_clusters, r.seed, normalize=see is features, on=every)
-        parts = zip(some, clusters.int().split(sizes))
+        parts = zip(some, clusters.int().split([len(x) for x in some.values()]))
         found[f'kmeans_{name}'] = {k: part.clone() for k, part in parts}
     return found
 
@@ -134,10 +135,11 @@ def compare(
     index = torch.linspace(0, len(features) - 1, count).round().long()
     saved = Checkpoint(last.file.with_name('compare.pth.tar')) if last.file else None
     found = from_first(saved and saved.load())   # another process may find the file a moment later
-    labeled = {k: v for k, v in splits.items() if v.labels is not None}
-    if found and (found['clusters'] or not labeled or not last.clusters): return found | dict(index=index)
+    if found and not found.keys() >= {'points', 'clusters'}: raise saved.unusable('is of another kind')
+    wanted = last.clusters and any(data.labels is not None for data in splits.values())
+    if found and (found['clusters'] or not wanted): return found | dict(index=index)
     if not found: found = dict(points=embed_2d(features[index], last.recipe.seed), clusters={})
-    if labeled and last.clusters: found['clusters'] = _kmeans(outcomes, labeled, device)
+    if wanted: found['clusters'] = _kmeans(outcomes, splits, device)
     if saved and not place()[0]: saved.save(**found)
     return found | dict(index=index)
 
@@ -148,7 +150,12 @@ def _steps(outcomes, splits): # of a run
     for name, parts in ((name, parts) for o in outcomes for name, parts in o.clusters.items()):
         blind = {k: {n: s[n] for n in ('mean_confidence', 'effective_clusters', 'sizes')}
                  for k, s in steps[name]['splits'].items()}
-        steps[name]['splits'] = {k: blind[k] | grade(part, splits[k].labels) for k, part in parts.items()}
+        steps[name]['splits'] = {k: blind[k] | grade(part, splits[k].labels) for k, part in parts.items()
+                                 if k in splits and len(part) == len(splits[k])}
+    if near := steps.get('neighbors'):   # graded when they were mined; without labels there is no grade
+        known = {k for k, data in splits.items() if data.labels is not None}
+        old = near['splits'].items()
+        near['splits'] = {k: v if k in known else dict(n_images=v['n_images']) for k, v in old}
     return steps
 
 # %% ../nbs/12a_report.ipynb #12a00010
@@ -186,8 +193,8 @@ def summarize(
         seconds=sum(step['seconds'] for step in steps.values()), device=torch.device(device).type,
         images={k: len(v) for k, v in splits.items()}, fitted_on=first, split=final, stages=steps,
         splits={k: grade(v.argmax(1), splits[k].labels, v) for k, v in p.items()},
-        baselines={name: {k: grade(part, _sample(splits[k], len(part)).labels) for k, part in parts.items()}
-                   for name, parts in found['clusters'].items()},
+        baselines={name: {k: grade(part, _sample(splits[k], len(part)).labels) for k, part in parts.items()
+                          if splits[k].labels is not None} for name, parts in found['clusters'].items()},
         history={name: rows for o in outcomes for name, rows in o.history.items()},
         notes=_notes(last, data.skipped), skipped=data.skipped) | _names(data, p.get(first))
     scores = metrics['splits'].get(final, {})
@@ -199,6 +206,7 @@ def summarize(
 def _write_results(folder, metrics, splits, p, features, found): # p: probabilities by split
     "clusters.csv (and one for held-out images), metrics.json, examples.npz."
     first = metrics['fitted_on']
+    for old in () if p else folder.glob('clusters*.csv'): old.unlink(missing_ok=True)
     for name, v in p.items():
         with writing(folder/('clusters.csv' if name == first else f'clusters-{name}.csv')) as f:
             f.write(write_clusters(splits[name], v, metrics.get('names')).encode(errors='surrogateescape'))
@@ -291,17 +299,14 @@ def draw_figures(
         if 'points_label' in shown:
             axes = plot_embedding(points, shown['points_label'], classes)
             figures['map-classes'] = _png(axes.figure)
-        if not figures: figures['map'] = _png(plot_embedding(points, points[:, 0]*0).figure)
+        if not figures: figures['map'] = _png(plot_embedding(points, np.zeros(len(points), int)).figure)
         if 'table' in shown:
             axes = plot_confusion(torch.from_numpy(shown['table']), shown['order'], classes)
             figures['confusion'] = _png(axes.figure)
         return figures | _draw_curves(run['metrics']['history'])
 
 # %% ../nbs/12a_report.ipynb #12a0000c
-def save_figure(
-    ax: object,   # matplotlib Axes
-    file: Path,   # .png
-) -> Path:        # the file
+def _save_figure(ax, file): # matplotlib Axes, .png -> the file
     "Write the figure of these axes and close it."
     with writing(file) as f: f.write(_png(ax.figure))
     return file
@@ -314,7 +319,7 @@ def draw_confusion(
 ) -> Path:                  # the file
     "Classes × clusters, matched along the diagonal."
     classes = data.classes or [str(i) for i in range(data.n_classes)]
-    return save_figure(plot_confusion(*confusion(probabilities.argmax(1), data.labels), classes), file)
+    return _save_figure(plot_confusion(*confusion(probabilities.argmax(1), data.labels), classes), file)
 
 # %% ../nbs/12a_report.ipynb #12a0000e
 def draw_prototypes(
@@ -327,14 +332,14 @@ def draw_prototypes(
     "One image per cluster: of the ten most confident, the one nearest to their mean (SCAN, figure 7)."
     index = prototypes(embed(model, center_crop(data.images, size)), probabilities)
     used = (index >= 0).nonzero()[:, 0]
-    return save_figure(show_images(data.images[index[used]], [f'{i}' for i in used.tolist()]), file)
+    return _save_figure(show_images(data.images[index[used]], [f'{i}' for i in used.tolist()]), file)
 
 # %% ../nbs/12a_report.ipynb #825d4d25
 def _caption_images(run): # of `read_examples`; index of an image -> what the page needs of it
     "Source, title and state of each thumbnail."
     shown, classes, found = run['examples'], run['metrics'].get('classes'), {}
     if 'index' not in shown: return found
-    columns = ('index', 'images', 'path', 'cluster', 'second', 'confidence')
+    columns = 'index', 'images', 'path', 'cluster', 'second', 'confidence'
     labels = shown['label'] if 'label' in shown else [-1]*len(shown['index'])
     for i, image, path, cluster, second, confidence, label in zip(*(shown[c] for c in columns), labels):
         title, wrong = f'{path}: cluster {cluster} ({100*confidence:.1f} %), else {second}', False
@@ -411,15 +416,6 @@ def _tiles(metrics): # (value, name, note) each
         note = f'k-means on pixels: {100*base[key]:.1f} %' if key in base else ''
         tiles.append((f'{100*final[key]:.1f} %', name, note))
     return tiles + last
-
-# %% ../nbs/12a_report.ipynb #b4f865c1
-def _flatten(settings, prefix=''): # nested -> (name, text) each
-    "A recipe as rows of a table."
-    rows = []
-    for key, value in settings.items():
-        if isinstance(value, dict): rows += _flatten(value, f'{prefix}{key}.')
-        else: rows.append((prefix + key, str(value)))
-    return rows
 
 # %% ../nbs/12a_report.ipynb #35bc5fd4
 _COLORS = '''
@@ -575,7 +571,8 @@ def _page_values(run, figures): # of `read_examples`; name -> PNG
         style=_COLORS + _BOXES + _TABLES, labels='points_label' in shown,
         side=min(max(side, 52), 96), pixels='pixelated' if side <= 32 else 'auto',
         tiles=_tiles(metrics), notes=metrics['notes'], skipped=metrics['skipped'], clusters=clusters,
-        n_points=len(shown['points']), figures=figures, recipe=_flatten(run['recipe']),
+        n_points=len(shown['points']), figures=figures,
+        recipe=[(name, str(value)) for name, value in _flat(run['recipe']).items()],
         **{name: [images[i] for i in shown.get(name, np.zeros(0)).tolist()] for name in ('surest', 'least')},
         stages=[(names[k], metrics['stages'][k]) for k in names],
         scores=[(k, t) for k in metrics['images'] if (t := table_of_scores(metrics, k))['columns']],

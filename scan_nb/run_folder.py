@@ -19,7 +19,7 @@ from . import __version__
 from .augment import Normalize
 from .data import ImageSet, UserError, atomic_write
 from .datasets import fingerprint_images
-from .distributed import place
+from .distributed import from_first, place
 from .models import (ClusteringModel, ContrastiveModel, SideBySide, load_weights, make_backbone,
                             official_state, read_weights)
 from .recipe_files import load_stages, to_yaml
@@ -80,8 +80,8 @@ def write_model(
 ) -> None:
     "model.safetensors, which knows its stage and the shape of its images."
     from safetensors.torch import save
-    state, known = model.state_dict(), dict(shape=json.dumps(list(shape)), stage=stage)
-    state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    known = dict(scan_nb=json.dumps(dict(stage=stage, shape=list(shape))))   # one key: several have no order
     with writing(folder/'model.safetensors') as f: f.write(save(state, known))
 
 # %% ../nbs/11b_run_folder.ipynb #11b0001d
@@ -97,8 +97,9 @@ def read_model(
     stages = load_stages(top)
     try:
         with safe_open(file, 'pt') as f:
-            known, state = f.metadata(), {name: f.get_tensor(name) for name in f.keys()}
-        recipe, shape = stages[known['stage']], json.loads(known['shape'])
+            known, state = json.loads(f.metadata()['scan_nb']), {k: f.get_tensor(k) for k in f.keys()}
+        recipe, shape = stages[known['stage']], known['shape']
+        stages = {name: r for name, r in stages.items() if PARTS.index(name) <= PARTS.index(known['stage'])}
         model = make_model(recipe, shape, Normalize([0.]*shape[0], [1.]*shape[0]))
         model.load_state_dict(state)
     except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as e:
@@ -135,7 +136,7 @@ class Outcome:
     def sha256(self): # of the weights
         digest, w = sha256(), self.weights
         state = w.get('model', w.get('state_dict', w))
-        for name, value in sorted(state.items()): digest.update(name.encode() + value.numpy().tobytes())
+        for name, v in sorted(state.items()): digest.update(name.encode() + v.float().numpy().tobytes())
         return digest.hexdigest()[:20]
 
     @staticmethod
@@ -143,7 +144,7 @@ class Outcome:
         rows = [json.dumps(dict(stage=step) | row) + '\n' for step, rows in history.items() for row in rows]
         with writing(path/'metrics.jsonl') as f: f.write(''.join(rows).encode())
 
-    def write(self, folder): # into the folder of a run; the model comes last and marks the stage as finished
+    def write(self, folder, start=None): # into the folder of a run; the model comes last
         stage, path, top = self.recipe.stage, folder/self.recipe.folder, folder/'recipe.yml'
         path.mkdir(parents=True, exist_ok=True)
         self.file = None
@@ -157,11 +158,15 @@ class Outcome:
         with writing(path/'metrics.json') as f: f.write(json.dumps(self.steps, indent=1).encode())
         with writing(path/'recipe.yml') as f: f.write(to_yaml({stage: self.recipe}).encode())
         before = load_stages(top) if top.exists() else {}
-        before = {name: before[name] for name in PARTS[:PARTS.index(stage)] if name in before}
-        with writing(top) as f: f.write(to_yaml(before | {stage: self.recipe}).encode())
-        write_model(folder, self.load(), self.shape, stage)
+        if start: before[start.recipe.stage] = start.recipe
+        self.write_top(folder, {name: before[name] for name in PARTS[:PARTS.index(stage)] if name in before})
         with writing(path/'model.pth.tar') as f: torch.save(self.weights, f)
-        self.file = path/'model.pth.tar'
+        self.file = from_first(path/'model.pth.tar')   # the others wait until all is there
+
+    def write_top(self, folder, stages): # recipe.yml, of these stages and this one, and model.safetensors
+        stages = stages | {self.recipe.stage: self.recipe}
+        with writing(folder/'recipe.yml') as f: f.write(to_yaml(stages).encode())
+        write_model(folder, self.load(), self.shape, self.recipe.stage)
 
     @classmethod
     def read(cls, file, recipe=None, shape=()): # model.pth.tar of a stage; the rest is for a foreign file

@@ -20,14 +20,13 @@ from .models import ContrastiveModel, SideBySide, load_weights, select_head
 from .moco import load_moco_v2, train_moco
 from .neighbors import center_crop, embed, mutual_neighbors, whiten
 from .neighbors_fast import mine_neighbors, score_neighbors, weighted_knn
-from .recipes import (PretextRecipe, Recipe, ScanRecipe, SelfLabelRecipe, StageRecipe, make_optimizer,
-                             make_schedule, make_views)
+from .recipes import PretextRecipe, Recipe, ScanRecipe, SelfLabelRecipe, StageRecipe, make_views
 from .run_folder import Outcome, make_model, make_normalize, open_folder
 from .scan import (check_neighbors, clustering_health, diagnose, find_prior, logits_of, train_heads,
                           train_scan)
 from .selflabel import train_selflabel
 from .simclr import train_simclr
-from .training import Checkpoint, make_generator, seeded, tune
+from .training import Checkpoint, make_generator, make_optimizer, make_schedule, seeded, tune
 
 # %% ../nbs/12_stages.ipynb #12000024
 class _StepCheckpoint(Checkpoint):
@@ -72,7 +71,8 @@ class Stage:
 
     def __post_init__(self):
         self.folder = None if self.folder is None else Path(self.folder).expanduser()
-        self.say, self.device = self.say or (lambda line: None), torch.device(self.device)
+        if self.say is None: self.say = lambda line: None
+        self.device = torch.device(self.device)
         self.splits = {name: part for name, part in self.images.items() if name != 'pretext'}
         first, self.data = next(iter(self.splits.items()))
         self.shape, self.steps, self.history, self.clusters = list(self.data.images.shape[1:]), {}, {}, {}
@@ -92,13 +92,28 @@ class Stage:
         if self.size > min(self.shape[1:]):
             raise UserError('The images are {1}×{2} pixels, but '.format(*self.shape) +
                             f'views of {self.size} are asked for: size may be {min(self.shape[1:])} here.')
+        if (file := getattr(self.recipe, 'pretrained', None)) and not Path(file).is_file():
+            raise UserError(f"There is no '{file}': put the public MoCo v2 checkpoint there, or train anew "
+                            'with `--set pretext.pretrained=null`.')
+        if getattr(self.recipe, 'time_window', 0) and self.data.times is None:
+            raise UserError('time_window needs the times of the images: give `times` to `image_folder`.')
+        self.model()
+
+    def model(self, n_heads=1, start=None): # with the weights of the stage before, if there is one
+        r, weights = self.recipe, start and start.weights
+        colors = make_normalize(r, weights, self.data.images[:None if start else 1])
+        model = make_model(r, self.shape, colors, n_heads)
+        if start: load_weights(model, start.file or weights, backbone_only=r.stage == 'scan')
+        return model
 
     def begin(self, before=None): # open the folder; the outcome, if the stage was finished before
         self.start = None if self.recipe.stage == 'pretext' else self.find_start(before)
+        if self.start: self.model(getattr(self.recipe, 'n_heads', 1), self.start)   # fits, or is refused here
         if self.folder is None: return None
         start = self.start and self.start.sha256
         open_folder(self.folder, [self.recipe], self.images, self.device, start)
-        if not from_first((self.path/'model.pth.tar').exists()):
+        files = self.path/'model.pth.tar', self.path/'outcome.pth.tar'
+        if not from_first(all(file.exists() for file in files)):
             if self.start and self.start.file: self.say(f'{self.name} starts from {self.start.file}')
             return None
         self.say(f'{self.name} was finished before')
@@ -113,7 +128,8 @@ class Stage:
         files = self.folder.glob(f'{kind}/**/model.pth.tar') if self.folder else []
         found = sorted(files, key=lambda file: file.stat().st_mtime)
         if found: return Outcome.read(found[-1], self.recipe, self.shape)
-        raise UserError(f"There is no result in '{self.folder}/{kind}' to start {self.name} from: "
+        where = f" in '{self.folder/kind}'" if self.folder else ''
+        raise UserError(f'There is no result{where} to start {self.name} from: '
                         f'run `scan-nb {command}` first, or name a file by --start.')
 
     def bar(self, name): return LABELS[name] if self.progress else None
@@ -165,7 +181,7 @@ class Stage:
         arrays = dict(neighbors=neighbors, embeddings=embeddings)
         found = Outcome.of(model, self.recipe, self.shape, **arrays, note=note)
         found.steps, found.history, found.clusters = self.steps, self.history, self.clusters
-        if self.folder: found.write(self.folder)
+        if self.folder: found.write(self.folder, self.start)
         return self.say_scores(found)
 
     def say_scores(self, found): # one line per split, and where the result is; gives the outcome
@@ -180,9 +196,6 @@ def _learn_features(stage): # a trained ContrastiveModel, on the device
     "SimCLR or MoCo (SCAN, section 2.1), or the published MoCo v2. Raises UserError when that is missing."
     r, data, nets = stage.recipe, stage.images.get('pretext', stage.data), []
     if r.pretrained:
-        if not Path(r.pretrained).is_file():
-            raise UserError(f"There is no '{r.pretrained}': put the public MoCo v2 checkpoint there, or train"
-                            ' anew with `--set pretext.pretrained=null`.')
         stage.note('pretext', [], True, f"the weights of '{Path(r.pretrained).name}'", 0.)
         return tune(load_moco_v2(r.pretrained).to(stage.device), r.precision)
     normalize, trainer = make_normalize(r, images=data.images), TRAINERS[r.setup]
@@ -243,9 +256,7 @@ def run_pretext(
 # %% ../nbs/12_stages.ipynb #1200003c
 def _start_model(stage, n_heads=1): # a ClusteringModel on the device; neighbors N×K
     "Where a stage begins: a pretext model gives its backbone; neighbors that are missing are mined."
-    r, before = stage.recipe, stage.start
-    model = make_model(r, stage.shape, make_normalize(r, before.weights, stage.data.images), n_heads)
-    load_weights(model, before.file or before.weights, backbone_only=isinstance(r, ScanRecipe))
+    r, before, model = stage.recipe, stage.start, stage.model(n_heads, stage.start)
     tune(model.to(stage.device), r.precision, r.compile)
     near, n = before.neighbors, len(stage.data)
     k = getattr(r, 'n_neighbors', None) or (20 if near is None else near.shape[1])
@@ -268,8 +279,8 @@ def _try_heads(stage, model, neighbors): # the model gets the best head
         heads = train_heads(z, near, r.n_clusters, n_heads=r.tried_heads, epochs=r.heads_epochs, seed=r.seed,
                             batch_size=size, entropy_weight=r.entropy_weight, prior=r.prior,
                             choose=r.head_choice, progress=stage.bar('heads'))
-        found = dict(head=select_head(heads.heads, heads.best).state_dict(), best=heads.best,
-                     history=heads.history, seconds=time.monotonic() - begun)
+        with seeded(r.seed): head = select_head(heads.heads, heads.best).state_dict()
+        found = dict(head=head, best=heads.best, history=heads.history, seconds=time.monotonic() - begun)
         if saved and not place()[0]: saved.save(**found)
     elif {'head', 'best', 'history', 'seconds'} - found.keys(): raise saved.unusable('is of another kind')
     with seeded(r.seed): model.cluster_head = select_head(model.cluster_head, 0)
@@ -339,11 +350,11 @@ def run_stages(
     found = []
     stages = {name: r for name, r in recipe.stages.items() if r.epochs or name == 'scan'}
     every = [Stage(r, images, folder, **options) for r in stages.values()]
-    for s in every: make_model(s.recipe, s.shape, make_normalize(s.recipe, images=s.data.images[:1]))
     if folder: open_folder(folder, stages.values(), images, every[0].device)
     if ready: ready()
     for name, r in stages.items():
         found.append(RUN[name](r, images, found[-1] if found else None, folder, **options))
+    if folder: found[-1].write_top(every[0].folder, stages)
     return found
 
 # %% ../nbs/12_stages.ipynb #1200004b

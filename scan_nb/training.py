@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['devices', 'pick_device', 'autocast', 'tune', 'make_generator', 'seeded', 'seed_everything', 'steps_per_epoch',
-           'batches', 'cosine_factor', 'CosineSchedule', 'StepSchedule', 'update', 'check_finite', 'Progress',
-           'check_plain', 'read_state', 'Checkpoint', 'Run', 'train_epoch', 'epochs_left', 'finish_epoch', 'train']
+           'batches', 'cosine_factor', 'CosineSchedule', 'StepSchedule', 'make_optimizer', 'make_schedule', 'update',
+           'check_finite', 'Progress', 'check_plain', 'read_state', 'Checkpoint', 'Run', 'train_epoch', 'epochs_left',
+           'finish_epoch', 'train']
 
 # %% ../nbs/03_training.ipynb #84f76adb
 import math, random, sys, time, zipfile
@@ -165,6 +166,32 @@ class StepSchedule(CosineSchedule):
         rise = min(1., (self.t + 1)/max(1, self.plan['warmup']))
         factor = rise*self.plan['rate']**sum(self.t >= n for n in self.plan['at'])
         for group, lr in zip(self.optimizer.param_groups, self.base): group['lr'] = lr*factor
+
+# %% ../nbs/03_training.ipynb #f1c255bf
+def make_optimizer(
+    settings: object,              # has optimizer ('sgd' or 'adam'), lr, weight_decay, momentum, nesterov
+    parameters: Iterable[Tensor],  # to train: of the network, or of the heads alone
+) -> torch.optim.Optimizer:        # SGD or Adam
+    "The optimizer that settings describe."
+    common = dict(lr=settings.lr, weight_decay=settings.weight_decay)
+    if settings.optimizer == 'adam': return torch.optim.Adam(parameters, **common)
+    return torch.optim.SGD(parameters, momentum=settings.momentum, nesterov=settings.nesterov, **common)
+
+# %% ../nbs/03_training.ipynb #c0391211
+def make_schedule(
+    settings: object,                  # has scheduler, epochs, batch_size, lr_decay_rate, …, perhaps warmup
+    optimizer: torch.optim.Optimizer,  # its learning rate is the highest
+    n_images: int,                     # of the training set; with batch_size and epochs they give the updates
+) -> CosineSchedule:                   # moves on with each update
+    "The learning rate that settings describe."
+    per_epoch = steps_per_epoch(n_images, settings.batch_size)
+    steps = max(1, settings.epochs*per_epoch)
+    warmup = round(getattr(settings, 'warmup', 0.)*steps)
+    if settings.scheduler == 'step':
+        at = [n*per_epoch for n in settings.lr_decay_epochs]
+        return StepSchedule(optimizer, at, settings.lr_decay_rate, warmup)
+    final = 1. if settings.scheduler == 'constant' else settings.lr_decay_rate**3
+    return CosineSchedule(optimizer, steps, warmup, final)
 
 # %% ../nbs/03_training.ipynb #5ff79ba2
 def update(

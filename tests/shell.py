@@ -5,7 +5,8 @@ import multiprocessing, os, signal, socket, sys, time
 from multiprocessing.connection import wait
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
-import torch
+import pytest, torch
+from scan_nb import report
 from scan_nb.cli import main
 
 HERE = Path(__file__).parent
@@ -15,19 +16,21 @@ server.set_forkserver_preload(['shell', 'pytest', 'scan_nb.pipeline', 'torch._dy
 
 def serve():
     "Start that process, once. Python 3.11 does not tell it where modules are."
-    before = os.environ.get('PYTHONPATH')
-    os.environ['PYTHONPATH'] = os.pathsep.join([str(HERE.parent), str(HERE), *([before] if before else [])])
-    ensure_running()
-    if before is None: del os.environ['PYTHONPATH']
-    else: os.environ['PYTHONPATH'] = before
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('PYTHONPATH', os.pathsep.join([str(HERE.parent), str(HERE)]))
+        ensure_running()
     return server
 
 def work(words, files, env, first):
     os.environ.update(env)
     torch.set_num_threads(1)
     for i, file in enumerate(files): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), i + 1)
+    sys.stdout = open(1, 'w', encoding='utf-8', closefd=False)   # strict, as in most terminals
+    sys.stderr = open(2, 'w', buffering=1, encoding='utf-8', errors='backslashreplace', closefd=False)
     if first: first()
     sys.exit(main(words))
+
+def without_figures(): report.draw_figures = lambda run: {}   # they take longer than a tiny run
 
 def start(*words, out, first=None, **env):
     "The command in a process, after a call of `first`; what it says goes to OUT.out and OUT.err."
@@ -35,7 +38,7 @@ def start(*words, out, first=None, **env):
     args = [str(w) for w in words], files, {**os.environ, **env}, first
     process = serve().Process(target=work, args=args)
     process.start()
-    process.said = lambda: [Path(f).read_text() for f in files]
+    process.said = lambda: [Path(f).read_text(errors='surrogateescape') for f in files]
     return process
 
 def stop(*words, at, out, how=signal.SIGKILL):

@@ -15,7 +15,7 @@ from scan_nb.evaluate import cluster_metrics
 from scan_nb.pipeline import SCAN
 from scan_nb.recipe_files import load_stages, to_yaml
 from scan_nb.recipes import PRESETS, PretextRecipe, Recipe, ScanRecipe, SelfLabelRecipe
-from shell import start, stop
+from shell import start, stop, without_figures
 from test_datasets import FAKE, write_cifar10, write_stl
 
 REPO = Path(__file__).parents[1]
@@ -151,6 +151,21 @@ def test_options_reach_the_recipe(pictures, tmp_path, no_figures):
     assert s['scan'].views_options == dict(flip_p=0, n_ops=2)
     assert s['selflabel'].views_options == dict(flip_p=0)
 
+def test_a_home_folder_and_a_name_that_is_no_text(tmp_path):
+    "A shell leaves `--out=~/run` as it is, and the name of a file may hold any bytes."
+    folder, odd = with_labels(tmp_path/'d', 3), [os.fsdecode(b'class0/%c.png' % i) for i in (0xff, 0xfe)]
+    os.rename(f'{folder}/class0/0.png', f'{folder}/{odd[0]}')
+    Path(folder, odd[1]).touch()
+    for words in (['run', folder, '--out=~/run', *TINY], ['report', '~/run'], ['eval', '~/run'],
+                  ['predict', '~/run', folder, '--device', 'cpu']):
+        process = start(*words, out=tmp_path/'said', first=without_figures, HOME=str(tmp_path))
+        process.join()
+        out, err = process.said()
+        assert process.exitcode == 0, err
+    assert f'{folder}/{odd[0]}' in [row['path'] for row in read(out)]
+    known = read((tmp_path/'run/clusters.csv').read_text(errors='surrogateescape'))
+    assert len(known) == 60 and odd[0] in [row['path'] for row in known]
+
 KILL = signal.SIGKILL
 MOMENTS = {'pretext/simclr/checkpoint.pth.tar': KILL, 'pretext/simclr/model.pth.tar': KILL,
            'scan/heads.pth.tar': signal.SIGINT, 'scan/checkpoint.pth.tar': KILL, 'clusters.csv': KILL}
@@ -231,6 +246,21 @@ def test_a_run_goes_on_where_commands_ended(chain, sets, tmp_path, capsys, no_fi
     assert main([*words, '--out', str(folder)]) == 0
     same(folder, chain.folder, *RESULTS) and 'About' not in capsys.readouterr().err
     assert len(before) == 3 and all(p.stat().st_mtime_ns == t for p, t in before.items())
+
+def test_a_folder_with_a_table_of_splits(tmp_path, monkeypatch, no_figures):
+    "Recipe and table say what is held out, for a run as for the commands; both give the run its name."
+    monkeypatch.chdir(tmp_path)
+    folder = Path(with_labels(tmp_path/'d', 3))
+    rows = [f"{p.name},{'test' if p.stem[-1] == '5' else 'train'}\n" for p in folder.glob('*/*.png')]
+    (tmp_path/'splits.csv').write_text('path,split\n' + ''.join(rows))
+    place = f'{{root: {folder}, splits: splits.csv}}'
+    (tmp_path/'env.yml').write_text(f'root_dir: results\ndata: {{mine: {place}}}\n')
+    (tmp_path/'own.yml').write_text(to_yaml(RECIPE.change(dict(data='mine', test_data='mine', size=8))))
+    for name in ('simclr', 'scan', 'selflabel'):
+        assert main([name, '--config_exp', 'own.yml', '--config_env', 'env.yml', '--device', 'cpu']) == 0
+    assert main(['run', 'mine', '--recipe', 'own.yml', '--config_env', 'env.yml', '--device', 'cpu']) == 0
+    assert images_of(tmp_path/'results/mine') == dict(train=54, test=6) == images_of(tmp_path/'runs/mine-own')
+    same(tmp_path/'results/mine', tmp_path/'runs/mine-own', *RESULTS)
 
 def test_aurora_by_its_name(tmp_path, monkeypatch, no_figures):
     "A preset that looks different on a CPU, with settings on top."
@@ -417,7 +447,8 @@ def test_bad_folders(bad, capsys, name, said):
     ('--set pretext.views_options.flip=0', "'flip'"), ('--set pretext.views=3', 'pretext.views is 3'),
     ('--device tpu', 'tpu'), ('--seed -1', 'seed is -1'), ('--epochs 0', 'pretext.epochs is 0'),
     ('--size 0', 'size is 0'), ('--set backbone=vit', 'vit'), ('--set scan.lr=fast', 'scan.lr is'),
-    ('--config_env absent.yml', 'absent.yml'), ('--recipe absent.yml', 'absent.yml')])
+    ('--set pretext.time_window=5', 'times'), ('--config_env absent.yml', 'absent.yml'),
+    ('--recipe absent.yml', 'absent.yml')])
 def test_bad_options(pictures, tmp_path, capsys, options, said):
     assert said in refused(capsys, 'run', pictures, '--out', tmp_path/'run', *TINY, *options.split())
     assert not (tmp_path/'run').exists()

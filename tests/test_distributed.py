@@ -20,8 +20,9 @@ from scan_nb.recipes import PretextRecipe, Recipe, ScanRecipe, SelfLabelRecipe
 from scan_nb.scan import Pairs, _scan_step, logits_of, train_heads
 from scan_nb.selflabel import EMA, _step
 from scan_nb.simclr import simclr_step, train_simclr
+from scan_nb.stages import LABELS
 from scan_nb.training import Checkpoint, CosineSchedule, make_generator, seeded
-from shell import serve, two
+from shell import serve, two, without_figures
 from torch import nn
 from torch.nn import functional as F
 
@@ -29,6 +30,12 @@ REPO = Path(__file__).parents[1]
 IMAGES = digits().images[:96]
 NEIGHBORS = torch.arange(96)[:, None].add(torch.tensor([1, 2])) % 96
 pytestmark = pytest.mark.usefixtures('one_thread')
+
+@pytest.fixture(scope='module', autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+        yield
 
 class Net(nn.Module):
     "Images to unit vectors, all in float64: differences are then the method's, not the rounding's."
@@ -303,19 +310,29 @@ RECIPE = Recipe(PretextRecipe(**SHARED, lr=.1, n_neighbors=4),
                 ScanRecipe(**SHARED, lr=1e-3, n_neighbors=4, heads_epochs=2, tried_heads=4),
                 SelfLabelRecipe(**SHARED, threshold=.2))
 
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    "60 digits in class folders, and a file that is none."
+    folder = tmp_path_factory.mktemp('data')/'digits'
+    for i, (x, y) in enumerate(zip(IMAGES[:60, 0], digits().labels.tolist())):
+        (folder/str(y)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x.numpy()).save(folder/f'{y}/{i}.png')
+    (folder/'0/broken.png').touch()
+    return folder
+
 def slow_disk():
-    "The first process writes slowly: nobody may read what is not there yet. (Figures take too long here.)"
+    "The first process writes slowly: nobody may read what is not there yet."
     def slowly(path):
         time.sleep(.1)
         return atomic_write(path)
     if os.environ['RANK'] == '0': run_folder.atomic_write = training.atomic_write = slowly
-    report.draw_figures = lambda run: {}
+    without_figures()
 
-def words(name, folder, *more):
-    "A stage of the recipe, with its results in this folder."
+def words(name, data, folder, *more):
+    "A stage with these images, and its results in this folder."
     folder.mkdir(exist_ok=True)
     (folder/'env.yml').write_text(f'root_dir: {folder}/results\n')
-    (folder/'all.yml').write_text(to_yaml(RECIPE))
+    (folder/'all.yml').write_text(to_yaml(RECIPE.change(dict(data=str(data), test_data=None))))
     return [name, '--config_env', f'{folder}/env.yml', '--config_exp', f'{folder}/all.yml', '--device', 'cpu',
             *map(str, more)]
 
@@ -327,12 +344,12 @@ def pair(*words, out):
     return first.said()
 
 @pytest.fixture(scope='module')
-def chains(tmp_path_factory):
+def chains(pictures, tmp_path_factory):
     "Two stages, of two processes in the folder `two` and of one in `one`; and what was said."
     root, said = tmp_path_factory.mktemp('chains'), {}
     for name in ('simclr', 'scan'):
-        ours = pair(*words(name, root/'two'), out=root/name)
-        with redirect_stdout(io.StringIO()) as alone: assert main(words(name, root/'one')) == 0
+        ours = pair(*words(name, pictures, root/'two'), out=root/name)
+        with redirect_stdout(io.StringIO()) as alone: assert main(words(name, pictures, root/'one')) == 0
         said[name] = *ours, alone.getvalue()
     return root, said
 
@@ -353,35 +370,39 @@ def test_two_processes_write_and_say_what_one_does(chains):
     a, b = (json.loads((root/n/'results/digits/metrics.json').read_text()) for n in ('two', 'one'))
     assert a.keys() == b.keys() and all(a['stages'][k].keys() == b['stages'][k].keys() for k in b['stages'])
 
-def test_two_processes_use_a_run_as_one_does(chains, tmp_path, capsys, monkeypatch):
+def test_two_processes_use_a_run_as_one_does(chains, pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report, 'draw_figures', lambda run: {})
-    run, pngs = chains[0]/'two/results/digits', [tmp_path/f'{i}.png' for i in range(9)]
-    for file, x in zip(pngs, digits().images[:, 0]): Image.fromarray(x.numpy()).save(file)
-    cpu, table, stage = ['--device', 'cpu'], tmp_path/'p.csv', partial(words, folder=chains[0]/'two')
-    for each in (['report', run], ['eval', run], ['eval', run, 'digits', *cpu], stage('scan'),   # done before
+    run, stage = chains[0]/'two/results/digits', partial(words, data=pictures, folder=chains[0]/'two')
+    cpu, table = ['--device', 'cpu'], tmp_path/'p.csv'
+    for each in (['report', run], ['eval', run], ['eval', run, pictures, *cpu], stage('scan'),   # done before
                  [*stage('eval'), '--model', run/'scan/model.pth.tar'],
-                 ['predict', run, *pngs, *cpu], ['predict', run, *pngs, *cpu, '--out', table]):
+                 ['predict', run, pictures, *cpu], ['predict', run, pictures, *cpu, '--out', table]):
         out, err = pair(*each, out=tmp_path/'said')
         assert main([str(w) for w in each]) == 0
         assert out == capsys.readouterr().out and bool(out) == (table not in each), each
-    assert (run/'report.html').exists() and len(table.read_text().splitlines()) == 10
+    assert (run/'report.html').exists() and len(table.read_text().splitlines()) == 61
 
-def test_torchrun(tmp_path, capsys):
-    "The whole way, by torchrun itself: one report, one set of lines, the same as of one process."
-    run = ['run', 'digits', '--epochs', '1', '--recipe', words('', tmp_path)[4], '--device', 'cpu', '--out']
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', '-m', 'scan_nb', *run]
-    done = subprocess.run([*launch, str(tmp_path/'two')], cwd=REPO, capture_output=True, text=True,
+def test_torchrun(tmp_path):
+    "The whole way, by torchrun itself: one report, and every line once."
+    (tmp_path/'all.yml').write_text(to_yaml(RECIPE))
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', '-m', 'scan_nb', 'run',
+               'digits', '--epochs', '1', '--recipe', tmp_path/'all.yml', '--device', 'cpu', '--out', tmp_path/'run']
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True,
                           env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stderr
-    assert main([*run, str(tmp_path/'one')]) == 0
-    out, alone = done.stdout.replace(str(tmp_path/'two'), str(tmp_path/'one')), capsys.readouterr().out
-    shape = [re.sub(r'[\d.]+|–', '', line).split() for line in alone.splitlines() if 'Note' not in line]
-    assert [re.sub(r'[\d.]+|–', '', line).split() for line in out.splitlines() if 'Note' not in line] == shape
-    assert out.count('Report: ') == 1 and out.count('10 clusters of 1,500 images') == 1
-    assert files(tmp_path/'two') == files(tmp_path/'one')
+    rows = [line for line in done.stdout.splitlines() if not line.startswith('Note: ')]
+    names = [re.split(', percent|  +', row)[0] for row in rows]
+    steps = ['k-means on pixels', 'k-means on features', 'Heads on fixed features', 'SCAN, the whole network',
+             'Self-labelling']
+    assert names[:-2] == ['10 clusters of 1,500 images', 'train images', *steps, 'test images', *steps]
+    assert rows[-2:] == [f"Clusters: {tmp_path/'run/clusters.csv'}", f"Report:   {tmp_path/'run/report.html'}"]
+    assert all(f'{bar}: 100%' in done.stderr for bar in list(LABELS.values())[-3:])
+    for name, n in {'clusters.csv': 1500, 'clusters-test.csv': 297}.items():
+        assert len((tmp_path/'run'/name).read_text().splitlines()) == n + 1
+    assert len(list(tmp_path.rglob('report.html'))) == 1
 
-def test_a_batch_that_cannot_be_shared_is_refused_in_one_sentence(tmp_path):
-    first, second = two(*words('simclr', tmp_path, '--set', 'batch_size=33'), out=tmp_path/'said')
+def test_a_batch_that_cannot_be_shared_is_refused_in_one_sentence(pictures, tmp_path):
+    first, second = two(*words('simclr', pictures, tmp_path, '--set', 'batch_size=33'), out=tmp_path/'said')
     assert first.said() == ['', 'scan-nb: A batch of 33 images cannot be shared equally by 2 processes: '
                             'make batch_size a multiple of 2.\n']
     assert first.exitcode == 2 and second.exitcode == -signal.SIGTERM and second.said() == ['', '']

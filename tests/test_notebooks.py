@@ -1,13 +1,12 @@
 "Every notebook runs, stores what it shows, and keeps the form of a lesson."
 import ast
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import numpy as np
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
-from run_notebooks import NBS, ROOT, WORKERS, directives, notebooks, run
+from run_notebooks import NBS, ROOT, directives, notebooks, run
 
 LOCAL_PATH = re.compile(r'(?<![\w.~-])/(home|root|tmp|work|workspace|mnt|opt|Users|var/folders)/')
 each_notebook = pytest.mark.parametrize('path', notebooks(), ids=lambda p: p.stem)
@@ -51,24 +50,13 @@ EXPORT = {'export', 'exports'}
 
 # -- execution --
 
-@pytest.fixture(scope='session')
-def running(request):
-    "The chosen notebooks, executing in the background, as many at a time as there are cores."
-    chosen = [i.callspec.params['path'] for i in request.session.items if i.name.startswith('test_runs[')]
-    pool = ThreadPoolExecutor(WORKERS)
-    yield {p: pool.submit(run, p, check=True) for p in chosen}
-    pool.shutdown(cancel_futures=True)
-
-@each_notebook
-def test_runs(running, path):
-    faults = running[path].result()
-    assert not faults, '\n'.join(faults)
-
 BESIDE = set(NBS.rglob('*'))
 
-def test_nothing_is_left_beside_the_notebooks(running):
-    for done in running.values(): done.result()
-    assert not {p for p in set(NBS.rglob('*'))-BESIDE if p.suffix != '.ipynb'}
+@each_notebook
+def test_runs(path):
+    faults = run(path, check=True)
+    assert not faults, '\n'.join(faults)
+    assert not {p for p in {*path.parent.iterdir()} - BESIDE if p.suffix != '.ipynb'}, 'left beside the notebook'
 
 # -- stored outputs --
 

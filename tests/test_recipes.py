@@ -18,7 +18,8 @@ from scan_nb.pipeline import SCAN
 from scan_nb.recipe_files import find_recipe, known_keys, load_stages, to_yaml
 from scan_nb.recipes import (EPOCHS, FOLDER, LIMITS, PAPER, PARTS, PRESETS, SHARED, PretextRecipe, Recipe,
                              ScanRecipe, SelfLabelRecipe, auto_epochs, change, choices, complete,
-                             list_differences, make_optimizer, make_schedule, make_views)
+                             list_differences, make_views)
+from scan_nb.training import make_optimizer, make_schedule
 
 CONFIGS = ROOT/'scan_nb'/'configs'
 BOTH = pytest.mark.parametrize('device', ['cpu', 'cuda'])

@@ -1,4 +1,4 @@
-"The report and what it is made of: right in what it shows, with or without labels, however far a run came."
+"The report, and what it is made of: right in what it shows, with and without labels, however far a run came."
 import base64, csv, html, io, json, re, shutil
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -14,13 +14,17 @@ from scan_nb.data import ImageSet, UserError, digits
 from scan_nb.evaluate import cluster_metrics, confusion, kmeans_baseline, label_free_metrics
 from scan_nb.recipe_files import load_stages
 from scan_nb.recipes import Recipe
-from scan_nb.report import (STAGE_NAMES, choose_images, compare, describe_classes, draw_confusion, draw_figures,
-                            draw_prototypes, read_examples, read_metrics, save_examples, summarize,
-                            table_of_scores, write_clusters, write_report)
-from scan_nb.run_folder import Outcome
-from scan_nb.stages import run_pretext, run_scan
+from scan_nb.report import (STAGE_NAMES, choose_images, compare, describe_classes, draw_confusion,
+                            draw_figures, draw_prototypes, read_examples, read_metrics, save_examples,
+                            summarize, table_of_scores, write_clusters, write_report)
+from scan_nb.stages import run_pretext, run_scan, run_selflabel
 
 pytestmark = pytest.mark.usefixtures('one_thread')
+
+@pytest.fixture(autouse=True)
+def _no_figure_is_left():
+    yield
+    plt.close('all')
 
 def fake_run(folder, data, probabilities, points=None):
     "A run folder as a run would leave it, without training anything."
@@ -32,12 +36,13 @@ def fake_run(folder, data, probabilities, points=None):
                  splits={'all': final})
     near = stage | dict(epochs=0, splits={'all': dict(n_images=n, knn_accuracy=.5)})
     rows = [dict(epoch=e, loss=1/e) for e in (1, 2)]
-    metrics = dict(seconds=3., device='cpu', images={'all': n}, split='all', fitted_on='all', splits={'all': final},
-                   stages={'pretext': stage | {'splits': {}}, 'neighbors': near, 'heads': stage, 'scan': stage},
-                   notes=['Note <b>this</b>.'], skipped=[('a<b>.png', 'an empty file')],
-                   baselines={'kmeans_pixels': {'all': final}} if labels is not None else {},
-                   history={'pretext': rows, 'neighbors': [], 'heads': rows, 'scan': rows})
-    del metrics['stages']['pretext']['splits']
+    features = {k: v for k, v in stage.items() if k != 'splits'}
+    metrics = dict(
+        seconds=3., device='cpu', images={'all': n}, split='all', fitted_on='all', splits={'all': final},
+        stages={'pretext': features, 'neighbors': near, 'heads': stage, 'scan': stage},
+        baselines={'kmeans_pixels': {'all': final}} if labels is not None else {},
+        notes=['Note <b>this</b>.'], skipped=[('a<b>.png', 'an empty file')],
+        history={'pretext': rows, 'neighbors': [], 'heads': rows, 'scan': rows})
     if labels is not None: metrics |= {'classes': data.classes or [str(i) for i in range(data.n_classes)]}
     (folder/'metrics.json').write_text(json.dumps(metrics))
     (folder/'recipe.yml').write_text('scan: {num_classes: 3, augmentation_kwargs: {flip_p: <i>0</i>}}\n')
@@ -182,6 +187,198 @@ def test_page_of_large_images_stays_moderate(tmp_path):
     images, clusters = three(1500, 10, 3, 96)
     path = write_report(fake_run(tmp_path/'run', images, certain(clusters, 10)))
     assert path.stat().st_size < 10e6             # noise, which JPEG cannot compress
+
+# -- however far a run has come --
+
+@pytest.fixture(scope='module')
+def made():
+    "Images, a pretext task, and SCAN with more clusters than there are classes."
+    data = three_digits()
+    recipe = Recipe.for_images(data, base=TINY.change({'n_clusters': 5, 'scan.heads_epochs': 0}))
+    features = run_pretext(recipe.pretext, {'all': data})
+    return data, features, run_scan(recipe.scan, {'all': data}, features)
+
+def in_folder(outcome, folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    found = replace(outcome)
+    found.write(folder)
+    return found
+
+WORDS = r'(?<!no )accuracy|\bACC\b|\bNMI\b|labelled|k-means|same class'   # that only labels allow
+
+@pytest.mark.parametrize('labels', [True, False])
+def test_features_alone(labels, made, tmp_path):
+    data = made[0] if labels else ImageSet(made[0].images)
+    found = in_folder(made[1], tmp_path/'run')
+    metrics = summarize([found], {'all': data}, tmp_path/'run')
+    text, checker = check_page(write_report(tmp_path/'run'))
+    words = ' '.join(' '.join(checker.text).split())
+    assert 'Features of 90 images' in words and 'Found by SCAN' in words and 'class="card"' not in text
+    assert bool(re.search(WORDS, words)) == labels == ('kNN accuracy' in words)
+    assert metrics['splits'] == metrics['baselines'] == {}
+    assert not list((tmp_path/'run').glob('clusters*.csv'))
+    assert {f.stem for f in (tmp_path/'run/figures').iterdir()} == {
+        'map-classes' if labels else 'map', 'curves-pretext'}
+    assert {'map', 'steps', 'curves', 'recipe'} <= {*checker.ids} and 'clusters' not in checker.ids
+    assert list(load_stages(tmp_path/'run/recipe.yml')) == ['pretext']
+
+@pytest.mark.parametrize('labels', [True, False])
+def test_scan_alone_with_more_clusters_than_classes(labels, made, tmp_path):
+    data = made[0] if labels else ImageSet(made[0].images)
+    found = in_folder(made[2], tmp_path/'run')
+    metrics = summarize([found], {'all': data}, tmp_path/'run')
+    text, checker = check_page(write_report(tmp_path/'run'))
+    words = ' '.join(' '.join(checker.text).split())
+    assert '5 clusters of 90 images' in words and text.count('class="card"') == 5
+    assert bool(re.search(WORDS, words)) == labels
+    assert all((name in words) == labels for name in ('majority accuracy', 'k-means on features', 'labelled'))
+    assert [name for name, _ in table_of_scores(metrics, 'all')['rows']][-1] == STAGE_NAMES['scan']
+    rows = list(csv.DictReader(io.StringIO((tmp_path/'run/clusters.csv').read_text())))
+    clusters = found.clusters['scan']['all']
+    assert [int(r['cluster']) for r in rows] == clusters.tolist()
+    if not labels: assert {r['name'] for r in rows} == {''} and 'names' not in metrics
+    else:   # each image bears the name of its cluster: that of a class of its own, or of the majority
+        match = describe_classes(clusters.long(), data.labels, 5)['match']
+        assert metrics['names'] == [data.classes[k] if k >= 0 else '' for k in match.tolist()]
+        assert [r['name'] for r in rows] == [metrics['names'][k] for k in clusters.tolist()]
+
+def test_two_sets_of_images(made, tmp_path):
+    data, features, _ = made
+    images = dict(train=data, test=data[::3])
+    scan = run_scan(made[2].recipe, images, features)
+    metrics = summarize([features, scan], images | dict(pretext=data[:1]), tmp_path)
+    assert list(metrics['splits']) == ['train', 'test'] and metrics['images'] == dict(train=90, test=30)
+    for found in (metrics['baselines']['kmeans_pixels'], metrics['stages']['scan']['splits']):
+        assert [*found] == ['train', 'test']
+    clusters = {k: [row.split(',')[2] for row in (tmp_path/f'clusters{k}.csv').read_text().splitlines()[1:]]
+                for k in ('', '-test')}
+    assert clusters[''][::3] == clusters['-test'] and len(clusters['']) == 90
+
+def test_stages_that_saw_other_sets(made):
+    "Held-out images in one stage, none in the next: what can be graded is."
+    data, features, scan = made
+    whole, parts = dict(all=data), dict(train=data, test=data[::3])
+    recipe = Recipe.for_images(data, base=TINY.change({'n_clusters': 5, 'selflabel.epochs': 1})).selflabel
+    for before, images in ((run_scan(scan.recipe, parts, features), whole), (scan, parts)):
+        metrics = summarize([features, before, run_selflabel(recipe, images, before)], images)
+        assert [*metrics['splits']] == [*metrics['stages']['selflabel']['splits']] == [*images]
+        assert metrics['stages']['scan']['splits'].keys() <= images.keys()
+
+def test_in_memory_nothing_is_written(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data, *outcomes = made
+    metrics = summarize(outcomes, {'all': data})
+    assert not list(tmp_path.iterdir())
+    assert metrics['acc'] == metrics['stages']['scan']['splits']['all']['acc']
+    assert plain(summarize(outcomes, {'all': data}, tmp_path)) == plain(metrics)
+    assert json.loads((tmp_path/'metrics.json').read_text()) == metrics
+    assert metrics['seconds'] == sum(s['seconds'] for s in metrics['stages'].values()) > 0
+
+@pytest.mark.parametrize('skipped, said', [
+    ([], []), ([('{}', 'b')], ["1 file could not be read and was left out, such as '{}' (b)."]),
+    ([('a', 'b'), ('c', 'd')], ["2 files could not be read and were left out, such as 'a' (b)."])])
+def test_notes(skipped, said, made):
+    data, *outcomes = made
+    outcomes[-1] = replace(outcomes[-1], note='Look here.')
+    metrics = summarize(outcomes, {'all': replace(data, skipped=skipped)})
+    assert metrics['notes'] == ['Look here.', *said] and metrics['skipped'] == skipped
+
+# -- comparisons --
+
+def test_comparisons_are_kept_in_the_folder(made, tmp_path, monkeypatch):
+    data, features, scan = made
+    found = [features, in_folder(scan, tmp_path)]
+    z = torch.randn(90, 4, generator=torch.Generator().manual_seed(0))
+    blind = compare(found, {'all': ImageSet(data.images)}, z)
+    assert blind['clusters'] == {} and blind['points'].shape == (90, 2)
+    assert torch.equal(blind['index'], torch.arange(90))
+    monkeypatch.setattr(report, 'embed_2d', lambda *a: 1/0)
+    graded = compare(found, {'all': data}, z)   # labels have come: k-means joins the map
+    assert torch.equal(graded['points'], blind['points'])
+    for name, x, normalize in (('pixels', data.images, False), ('features', features.embeddings, True)):
+        want = kmeans_baseline(x, 5, scan.recipe.seed, normalize=normalize)
+        assert torch.equal(graded['clusters'][f'kmeans_{name}']['all'].long(), want)
+    monkeypatch.setattr(report, 'kmeans_baseline', lambda *a, **k: 1/0)
+    assert plain(compare(found, {'all': data}, z)) == plain(graded)
+    assert plain(compare(found, {'all': ImageSet(data.images)}, z)['points']) == plain(graded['points'])
+
+def test_k_means_learns_from_the_images_that_were_learned_from(made, monkeypatch):
+    "Whatever has labels; it is asked for those that have."
+    data, *outcomes = made
+    monkeypatch.setattr(report, 'embed_2d', lambda z, seed: z[:, :2])
+    splits = dict(train=ImageSet(data.images), test=data[:2])
+    found = compare(outcomes, splits, torch.zeros(90, 2))['clusters']['kmeans_pixels']
+    want = kmeans_baseline(data.images, 5, outcomes[1].recipe.seed)[:2]
+    assert torch.equal(found['test'].long(), want)
+
+def test_comparisons_of_many_images_look_at_some(made, monkeypatch):
+    data, *outcomes = made
+    many, seen = data[torch.arange(10_050) % 90], []
+    monkeypatch.setattr(report, 'embed_2d', lambda z, seed: z)
+    def kmeans(x, k, seed, normalize, on):
+        seen.append((len(x), len(on)))
+        return torch.zeros(len(on)).long()
+    monkeypatch.setattr(report, 'kmeans_baseline', kmeans)
+    z = torch.arange(10_050.)[:, None]
+    found = compare(outcomes, {'all': many}, z)
+    assert seen == [(10_000, 10_050)]*2 and len(found['points']) == 1000
+    steps = found['index'].diff()
+    assert torch.equal(found['points'][:, 0].long(), found['index']) and 9 <= steps.min() <= steps.max() <= 11
+    assert found['index'][[0, -1]].tolist() == [0, 10_049]
+
+# -- clusters as a table --
+
+@hypothesis_settings(max_examples=30)
+@given(st.lists(st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\r\0'), min_size=1),
+                min_size=1, max_size=6), st.booleans(), st.booleans())
+def test_clusters_survive_strange_names(texts, named, array):
+    "Of files, and of classes."
+    n, p = len(texts), torch.eye(3)[torch.arange(len(texts)) % 3]
+    images = ImageSet(torch.zeros(n, 1, 2, 2).byte(), paths=texts)
+    names = [texts[0], texts[-1], ''] if named else None
+    text = write_clusters(images, p.numpy() if array else p, names)
+    rows = list(csv.reader(io.StringIO(text, newline='')))
+    assert rows[0] == ['path', 'index', 'cluster', 'confidence', 'name']
+    assert [r[0] for r in rows[1:]] == texts and [int(r[2]) for r in rows[1:]] == [i % 3 for i in range(n)]
+    assert [r[1] for r in rows[1:]] == [str(i) for i in range(n)] and {r[3] for r in rows[1:]} == {'1.000000'}
+    assert [r[4] for r in rows[1:]] == [names[i % 3] if names else '' for i in range(n)]
+
+def test_images_without_files_have_no_path(data, p):
+    assert {row.split(',')[0] for row in write_clusters(data, p).splitlines()[1:]} == {''}
+
+# -- pictures of their own --
+
+def test_a_picture_of_the_confusion(data, p, tmp_path, monkeypatch):
+    shown, plot = [], report.plot_confusion
+    def watch(*a):
+        shown.append(a)
+        return plot(*a)
+    monkeypatch.setattr(report, 'plot_confusion', watch)
+    partly = replace(data, labels=data.labels.clone().index_fill_(0, torch.arange(9), -1))
+    for some in (data, partly, replace(data, classes=None)):
+        file = draw_confusion(p, some, tmp_path/'confusion.png')
+        *found, classes = shown.pop()
+        assert all(map(torch.equal, found, confusion(p.argmax(1), some.labels)))
+        assert classes == [str(i) for i in range(10)]
+        with Image.open(file) as image: assert image.format == 'PNG' and min(image.size) > 100
+    assert not plt.get_fignums() and [f.name for f in tmp_path.iterdir()] == ['confusion.png']
+
+def test_a_picture_of_the_prototypes(made, tmp_path, monkeypatch):
+    "One image of each cluster that is in use, at its full size, chosen by what the model sees of it."
+    shown, show = [], report.show_images
+    def watch(images, titles):
+        shown.append((images, titles))
+        return show(images, titles)
+    monkeypatch.setattr(report, 'show_images', watch)
+    data, features, scan = made
+    model, framed = scan.load(), replace(data, images=torch.nn.functional.pad(data.images, [2]*4))
+    p = certain(data.labels*2, 6)
+    for some, size in ((data, 8), (framed, 12), (framed, 8)):
+        assert draw_prototypes(model, p, some, size, tmp_path/'prototypes.png').exists()
+        images, titles = shown.pop()
+        assert titles == ['0', '2', '4'] and images.shape[2:] == some.images.shape[2:]
+        assert all((some.images[some.labels == c] == x).flatten(1).all(1).any() for c, x in enumerate(images))
+    assert not plt.get_fignums()
 
 # -- pieces --
 

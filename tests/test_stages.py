@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from scan_nb import run_folder, stages, training
 from scan_nb.data import ImageSet, UserError, digits
 from scan_nb.models import read_weights
-from scan_nb.neighbors import embed
+from scan_nb.neighbors import center_crop, embed
 from scan_nb.neighbors_fast import mine_neighbors
 from scan_nb.recipes import FOLDER, PretextRecipe, Recipe
 from scan_nb.run_folder import Outcome, open_folder, read_run
@@ -429,6 +429,14 @@ def test_a_run_that_cannot_be_leaves_nothing(change, data, recipe, tmp_path):
         run_stages(recipe.change(change), {'all': data}, tmp_path/'run', ready=lambda: ready.append(1))
     assert '\n' not in str(e.value) and not ready and not (tmp_path/'run').exists()
 
+def test_all_images_need_times_for_a_window(data, recipe, tmp_path):
+    timed, windowed = replace(data, times=torch.arange(90)*60), replace(recipe.pretext, time_window=90.)
+    with pytest.raises(UserError, match='times'):
+        run_pretext(windowed, dict(train=timed, test=data[:9]), None, tmp_path/'run')
+    assert not (tmp_path/'run').exists()
+    found = run_pretext(windowed, dict(train=timed, test=timed[:9]), None, tmp_path/'run')
+    assert [*found.steps['neighbors']['splits']] == ['train', 'test']
+
 @pytest.mark.parametrize('weights', [{'a': 1}, {'parts': [1]}, {'x': torch.ones(2)}, b'', b'garbage'],
                          ids=['a number', 'a list', 'other names', 'empty', 'garbage'])
 def test_a_start_that_holds_no_network(weights, data, recipe, tmp_path):
@@ -458,7 +466,8 @@ def test_a_damaged_file_is_named(name, how, copy, data, recipe):
     with pytest.raises(UserError, match=re.escape(name)) as e: run_stages(recipe, {'all': data}, copy)
     assert '\n' not in str(e.value) and listing(copy) == before
 
-GONE = [['outcome'], ['model'], ['model', 'topk-train-neighbors.npy'], ['stage.json'], ['model', 'embeddings.npy']]
+GONE = [['outcome'], ['model'], ['stage.json'], ['model', 'topk-train-neighbors.npy'],
+        ['model', 'embeddings.npy']]
 
 @pytest.mark.parametrize('home, gone', [(home, gone) for home in HOMES for gone in GONE
                                         if home == HOMES[0] or 'embeddings.npy' not in gone], ids=str)
@@ -657,6 +666,9 @@ def test_too_few_labels_to_grade(known, data, recipe):
 
 def test_larger_images_are_looked_at_in_their_center(data, recipe):
     "A frame around the images changes nothing where views are as large as the images were."
+    x = torch.arange(2*3*9*8).view(2, 3, 9, 8)
+    assert torch.equal(center_crop(x, 4), x[:, :, 2:6, 2:6]) and center_crop(x, 10).shape == x.shape
+    assert center_crop(x, 4)._base is not None   # nothing is copied
     framed = replace(data, images=F.pad(data.images, (2, 2, 2, 2), value=9))
     r = PretextRecipe(n_clusters=3, size=8)
     flat = torch.nn.Flatten()
@@ -673,7 +685,8 @@ def test_larger_images_are_looked_at_in_their_center(data, recipe):
 
 @pytest.mark.parametrize('change', [
     {}, {'pretext.setup': 'moco'}, {'pretext.index': 'ivf'}, {'scan.epochs': 0}, OTHER,
-    {'pretext.setup': 'moco', 'pretext.pretrained': 'somewhere'}], ids=str)
+    {'pretext.setup': 'moco', 'pretext.pretrained': __file__}],
+    ids=['usual', 'moco', 'ivf', 'no epochs', 'two networks', 'pretrained'])
 def test_the_estimate(data, recipe, change):
     changed, state, before = recipe.change(change), torch.get_rng_state(), data.images.clone()
     seconds = estimate_seconds(changed, {'all': data})
