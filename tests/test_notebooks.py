@@ -56,7 +56,8 @@ BESIDE = set(NBS.rglob('*'))
 def test_runs(path):
     faults = run(path, check=True)
     assert not faults, '\n'.join(faults)
-    assert not {p for p in {*path.parent.iterdir()} - BESIDE if p.suffix != '.ipynb'}, 'left beside the notebook'
+    left = {p for p in {*path.parent.iterdir()} - BESIDE if p.suffix != '.ipynb'}
+    assert not left, 'left beside the notebook'
 
 # -- stored outputs --
 
