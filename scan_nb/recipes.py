@@ -145,6 +145,7 @@ BACKBONE_OPTIONS = 'widths', 'stem_stride'   # of small_resnet; models of timm h
 SHARED = {'data', 'test_data', 'n_clusters', 'channels', 'size', 'mean', 'std', 'backbone', 'n_networks',
           'backbone_options', 'prior', 'seed', 'precision', 'compile'}   # set for all stages at once
 
+# %% ../nbs/11_recipes.ipynb #fd7b146f
 def _check_together(recipe): # of a stage, each setting checked
     "Raises UserError when two settings contradict each other."
     r, more = recipe, getattr(recipe, 'more_views', None)
@@ -157,8 +158,6 @@ def _check_together(recipe): # of a stage, each setting checked
             raise UserError(f"There is no backbone option '{name}': give {' or '.join(BACKBONE_OPTIONS)}.")
         check_value(name, tuple[int, ...] if name == 'widths' else int, r.backbone_options[name])
     if r.backbone_options.get('widths') == (): raise UserError('widths is empty: give numbers of channels.')
-    if getattr(r, 'time_window', 0) and r.index != 'exact':
-        raise UserError("time_window needs the index 'exact'.")
     if (r.mean is None) != (r.std is None) or r.mean is not None and len(r.mean) != len(r.std):
         raise UserError(f'mean is {r.mean} and std is {r.std}: give one of each per channel, or neither.')
     if r.mean is not None and len(r.mean) not in ((1, 3) if r.channels is None else (r.channels,)):
@@ -306,7 +305,8 @@ class Recipe:
     def __repr__(self): # what differs from FOLDER
         old, new = FOLDER.flat(), {k: (v, k.split('.')[1]) for k, v in self.flat().items()}
         new = {n if n in SHARED else k: v for k, (v, n) in new.items() if old.get(k) != v}
-        return f'FOLDER.change({new})'
+        more = ', selflabel=None'*(self.selflabel is None) + f', cpu={self.cpu}'*bool(self.cpu)
+        return f'replace(FOLDER.change({new}){more})' if more else f'FOLDER.change({new})'
 
     def flat(self): # every setting by its name, as for `change`
         return {f'{s}.{f.name}': getattr(r, f.name) for s, r in self.stages.items() for f in fields(r)}

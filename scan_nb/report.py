@@ -17,6 +17,7 @@ from .data import ImageSet, UserError, show_images
 from .distributed import from_first, place
 from .evaluate import confusion, contingency, grade, hungarian_match, kmeans_baseline, majority_match
 from .neighbors import center_crop, embed
+from .neighbors_fast import score_neighbors
 from .recipes import _flat
 from .run_folder import Outcome, writing
 from .scan import logits_of
@@ -152,10 +153,11 @@ def _steps(outcomes, splits): # of a run
                  for k, s in steps[name]['splits'].items()}
         steps[name]['splits'] = {k: blind[k] | grade(part, splits[k].labels) for k, part in parts.items()
                                  if k in splits and len(part) == len(splits[k])}
-    if near := steps.get('neighbors'):   # graded when they were mined; without labels there is no grade
-        known = {k for k, data in splits.items() if data.labels is not None}
-        old = near['splits'].items()
-        near['splits'] = {k: v if k in known else dict(n_images=v['n_images']) for k, v in old}
+    o, (first, data) = outcomes[0], next(iter(splits.items()))
+    if near := steps.get('neighbors'):
+        pairs = {first: (o.embeddings, o.neighbors)} | o.held_out
+        near['splits'] = {k: score_neighbors(part, *pairs[k], data, o.embeddings) for k, part in splits.items()
+                          if k in pairs and len(part) == len(pairs[k][0])}
     return steps
 
 # %% ../nbs/12a_report.ipynb #12a00010
@@ -193,8 +195,9 @@ def summarize(
         seconds=sum(step['seconds'] for step in steps.values()), device=torch.device(device).type,
         images={k: len(v) for k, v in splits.items()}, fitted_on=first, split=final, stages=steps,
         splits={k: grade(v.argmax(1), splits[k].labels, v) for k, v in p.items()},
-        baselines={name: {k: grade(part, _sample(splits[k], len(part)).labels) for k, part in parts.items()
-                          if splits[k].labels is not None} for name, parts in found['clusters'].items()},
+        baselines={name: graded for name, parts in found['clusters'].items() if (graded := {
+            k: grade(part, _sample(splits[k], len(part)).labels) for k, part in parts.items()
+            if k in splits and splits[k].labels is not None})},
         history={name: rows for o in outcomes for name, rows in o.history.items()},
         notes=_notes(last, data.skipped), skipped=data.skipped) | _names(data, p.get(first))
     scores = metrics['splits'].get(final, {})

@@ -119,6 +119,7 @@ class Outcome:
     history: dict = field(default_factory=dict)  # step -> rows, one per epoch
     clusters: dict = field(default_factory=dict) # step -> split -> N int32
     note: str = ''                 # what looks wrong, if anything does
+    held_out: dict = field(default_factory=dict) # split -> [embeddings, neighbors], of the pretext task
     file: Path|None = None         # where the weights are, if in a file
 
     @classmethod
@@ -152,13 +153,13 @@ class Outcome:
         for name, array in {'topk-train-neighbors': self.neighbors, 'embeddings': self.embeddings}.items():
             if array is not None:
                 with writing(path/f'{name}.npy') as f: np.save(f, array.numpy())
-        names = 'shape', 'neighbors', 'steps', 'history', 'clusters', 'note'
+        names = 'shape', 'neighbors', 'steps', 'history', 'clusters', 'note', 'held_out'
         parts = dict(stage=stage, recipe=asdict(self.recipe)) | {name: getattr(self, name) for name in names}
         if not place()[0]: Checkpoint(path/'outcome.pth.tar').save(**parts)
         with writing(path/'metrics.json') as f: f.write(json.dumps(self.steps, indent=1).encode())
         with writing(path/'recipe.yml') as f: f.write(to_yaml({stage: self.recipe}).encode())
         before = load_stages(top) if top.exists() else {}
-        if start: before[start.recipe.stage] = start.recipe
+        if start: before = before | {start.recipe.stage: start.recipe} if start.steps else {}
         self.write_top(folder, {name: before[name] for name in PARTS[:PARTS.index(stage)] if name in before})
         with writing(path/'model.pth.tar') as f: torch.save(self.weights, f)
         self.file = from_first(path/'model.pth.tar')   # the others wait until all is there

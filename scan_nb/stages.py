@@ -95,8 +95,12 @@ class Stage:
         if (file := getattr(self.recipe, 'pretrained', None)) and not Path(file).is_file():
             raise UserError(f"There is no '{file}': put the public MoCo v2 checkpoint there, or train anew "
                             'with `--set pretext.pretrained=null`.')
-        if getattr(self.recipe, 'time_window', 0) and self.data.times is None:
-            raise UserError('time_window needs the times of the images: give `times` to `image_folder`.')
+        r = self.recipe
+        if r.channels not in (None, self.shape[0]):
+            raise UserError(f'channels is {r.channels}, but the images have {self.shape[0]}: convert them.')
+        timed = all(data.times is not None for data in self.splits.values())
+        if getattr(r, 'time_window', 0) and not (timed and r.index == 'exact'):
+            raise UserError("time_window needs the times of the images (`image_folder`), and index 'exact'.")
         self.model()
 
     def model(self, n_heads=1, start=None): # with the weights of the stage before, if there is one
@@ -177,9 +181,9 @@ class Stage:
         self.clusters[step] = {split: v.argmax(1).int() for split, v in p.items()}
         self.steps[step]['splits'] = {s: grade(v.argmax(1), self.splits[s].labels, v) for s, v in p.items()}
 
-    def finish(self, model, neighbors, embeddings=None, note=''): # the outcome, written if there is a folder
+    def finish(self, model, neighbors, embeddings=None, **more): # the outcome, written if there is a folder
         arrays = dict(neighbors=neighbors, embeddings=embeddings)
-        found = Outcome.of(model, self.recipe, self.shape, **arrays, note=note)
+        found = Outcome.of(model, self.recipe, self.shape, **arrays, **more)
         found.steps, found.history, found.clusters = self.steps, self.history, self.clusters
         if self.folder: found.write(self.folder, self.start)
         return self.say_scores(found)
@@ -251,7 +255,8 @@ def run_pretext(
     stage.note('neighbors', [], True, f'for each image the {near.shape[1]} with the most similar features',
                time.monotonic() - begun)
     stage.steps['neighbors']['splits'] = {s: score_neighbors(*part, data, z) for s, part in parts.items()}
-    return stage.finish(model, near, z)
+    held_out = {s: pair for s, (_, *pair) in parts.items() if s != next(iter(parts))}
+    return stage.finish(model, near, z, held_out=held_out)
 
 # %% ../nbs/12_stages.ipynb #1200003c
 def _start_model(stage, n_heads=1): # a ClusteringModel on the device; neighbors N×K

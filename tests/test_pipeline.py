@@ -592,6 +592,13 @@ def test_after_scan_alone(data, whole, tmp_path):
     rows = rows_of(tmp_path/'run/clusters.csv')
     assert [int(r['cluster']) for r in rows] == loaded.predict(data).tolist()
 
+def test_weights_of_others_beside_features_of_ours(copy, data, whole, tmp_path):
+    "The recipe tells only of what led to the clusters."
+    for part in ('scan', 'selflabel'): shutil.rmtree(copy/part)
+    torch.save(run_pretext(of_moco(data), {'all': data}).weights['model'], tmp_path/'weights.pth.tar')
+    run_scan(Recipe.for_images(data, base=TINY).scan, {'all': data}, tmp_path/'weights.pth.tar', copy)
+    assert [o.recipe.stage for o in read_run(copy)] == [*load_stages(copy/'recipe.yml')] == ['scan']
+
 def of_moco(data): return Recipe.for_images(data, base=TINY.change({'pretext.setup': 'moco'})).pretext
 
 def test_other_features_beside_a_finished_run(copy, data, whole):

@@ -470,6 +470,7 @@ def test_models_of_timm_have_options_of_their_own():
 
 def test_every_limit_is_of_a_setting():
     known = {f.name for r in Recipe().stages.values() for f in dataclasses.fields(r)}
+    known |= {'widths', 'stem_stride'}
     assert all(name.split('.')[-1] in known and name.split('.')[0] in known | {*PARTS} for name in LIMITS)
 
 # ---- names -------------------------------------------------------------------------------------------------
