@@ -32,9 +32,10 @@ def _recipe(args): # the Recipe of a run, with every option in it; what to call 
     if not args.source: raise UserError('SOURCE is empty: name a folder or a data set.')
     usual = name if name in PRESETS and not (args.device.type == 'cpu' and name in PAPER) else 'folder'
     recipe = find_recipe(f'{name} {asked}' if f'{name} {asked}' in PRESETS else asked or usual, args.device)
-    change = dict(n_clusters=PAPER[name].n_clusters) if usual == 'folder' != asked and name in PAPER else {}
-    if name and recipe.data != name: change |= dict(data=name, test_data=None if name == 'digits' else name)
-    elif not name: change |= dict(data=args.source, test_data=None)
+    change = dict(n_clusters=PAPER[name].n_clusters) if not asked and usual == 'folder' and name in PAPER else {}
+    if name and dataset_name(recipe.data) != name:
+        change |= dict(data=name, test_data=None if name == 'digits' else name)
+    elif not name and recipe.data != args.source: change |= dict(data=args.source, test_data=None)
     if args.whole: change['test_data'] = None
     given = dict(n_clusters=args.n_clusters, seed=args.seed, size=args.size) | {'pretext.epochs': args.epochs}
     change |= {name: value for name, value in given.items() if value is not None}
@@ -66,8 +67,9 @@ def _run(args): # source and options
     from scan_nb.distributed import first_ahead
     from scan_nb.pipeline import SCAN
     r, called = _recipe(args)
-    with first_ahead(): images = load_splits(r.data, r.test_data, r.size, r.channels, args.env, True)
-    name = '-'.join([Path(args.source).resolve().name, *filter(None, (args.recipe, 'whole'*args.whole))])
+    with first_ahead(): images = load_splits(r.data, r.test_data, r.size, r.channels, args.env, args.bars)
+    words = Path(args.source).resolve().name, Path(args.recipe or '').stem, 'whole'*args.whole
+    name = '-'.join(filter(None, words))
     scan = SCAN(recipe=r, device=args.device, out=args.out or f"runs/{name.replace(' ', '-')}", progress=True)
     scan.fit(next(iter(images.values())), test=images.get('test'), pretext=images.get('pretext'))
     if called and not args.recipe: _say(f"Recipe: {called}; that of {args.source} itself is made for a GPU.")
@@ -93,7 +95,8 @@ def _find_stage(args, name=None): # its recipe, complete; images; folder of the 
     r = change({found.stage: found}, _settings(args.set))[found.stage]
     if not r.data: raise UserError(f"'{args.config_exp}' names no images: add `--set data=NAME`.")
     more = found.stage == 'pretext'
-    with first_ahead(): images = load_splits(r.data, r.test_data, r.size, r.channels, args.env, True, more)
+    with first_ahead():
+        images = load_splits(r.data, r.test_data, r.size, r.channels, args.env, args.bars, more)
     r = complete({r.stage: r}, next(iter(images.values())), args.device)[r.stage]
     folder = Path(args.env['root_dir']).expanduser()/Path(r.data).name
     return r, images, folder, dict(device=args.device, say=_say, progress=True)
@@ -123,7 +126,7 @@ def _predict(args): # run, files, out, device
     channels, height, width = scan.shape_
     if height != width: raise UserError(f'The model takes {height}×{width} images, not square files.')
     images, skipped = read_images(files, height, channels)
-    for path, why in skipped: print(f"Skipped '{path}': {why}.", file=sys.stderr)
+    for path, why in skipped if args.bars else (): print(f"Skipped '{path}': {why}.", file=sys.stderr)
     if not len(images): raise UserError('None of the files can be read as an image.')
     paths, names = [p for p in map(str, files) if p not in dict(skipped)], None
     if metrics.exists(): names = read_metrics(args.run).get('names')
@@ -144,7 +147,7 @@ def _eval(args): # run and source, or config_exp and model
     if args.source is None: return _say_scores(read_metrics(args.run))
     scan, name = SCAN.load(args.run, args.device), dataset_name(args.source)
     test = name if name != 'digits' else None
-    images = load_splits(args.source, test, scan.recipe_.size, scan.shape_[0], args.env, True, False)
+    images = load_splits(args.source, test, scan.recipe_.size, scan.shape_[0], args.env, args.bars, False)
     for split, data in images.items():
         _say(f'{split} ({len(data):,} images): {format_scores(scan.scores(data))}')
 
@@ -252,12 +255,14 @@ def _parser():
 # %% ../nbs/13_cli.ipynb #4c0d632d
 def _work(args): # of any command
     "The command, in every process that torchrun started."
-    from scan_nb.distributed import processes
+    from scan_nb.distributed import place, processes
     from scan_nb.recipe_files import load_env
     from scan_nb.training import pick_device
     args.device = pick_device(getattr(args, 'device', None))
     if 'config_env' in args: args.env = load_env(args.config_env)
-    with processes(args.device): args.command(args)
+    with processes(args.device):
+        args.bars = not place()[0]   # of several processes one speaks
+        args.command(args)
 
 # %% ../nbs/13_cli.ipynb #4c0d632e
 def main(

@@ -156,8 +156,8 @@ def _steps(outcomes, splits): # of a run
     o, (first, data) = outcomes[0], next(iter(splits.items()))
     if near := steps.get('neighbors'):
         pairs = {first: (o.embeddings, o.neighbors)} | o.held_out
-        near['splits'] = {k: score_neighbors(part, *pairs[k], data, o.embeddings) for k, part in splits.items()
-                          if k in pairs and len(part) == len(pairs[k][0])}
+        near['splits'] = {k: score_neighbors(v, *pairs[k], data, o.embeddings) for k, v in splits.items()
+                          if k in pairs and len(v) == len(pairs[k][0])}
     return steps
 
 # %% ../nbs/12a_report.ipynb #12a00010
@@ -202,8 +202,7 @@ def summarize(
         notes=_notes(last, data.skipped), skipped=data.skipped) | _names(data, p.get(first))
     scores = metrics['splits'].get(final, {})
     metrics = {k: scores[k] for k in ('acc', 'nmi', 'ari', 'n_clusters') if k in scores} | metrics
-    if folder: _write_results(Path(folder).expanduser(), metrics, splits, p, features, found)
-    return metrics
+    return _write_results(Path(folder), metrics, splits, p, features, found) if folder else metrics
 
 # %% ../nbs/12a_report.ipynb #12a00012
 def _write_results(folder, metrics, splits, p, features, found): # p: probabilities by split
@@ -215,6 +214,7 @@ def _write_results(folder, metrics, splits, p, features, found): # p: probabilit
             f.write(write_clusters(splits[name], v, metrics.get('names')).encode(errors='surrogateescape'))
     with writing(folder/'metrics.json') as f: f.write(json.dumps(metrics, indent=1).encode())
     save_examples(folder, splits[first], features, p.get(first), found['points'], found['index'])
+    return metrics
 
 # %% ../nbs/12a_report.ipynb #69c32c50
 def _data_uri(raw, kind='png'): # the bytes of an image file, its type -> for `src`
@@ -595,5 +595,5 @@ def write_report(
         with writing(folder/'figures'/f'{name}.png') as f: f.write(raw)
     template = ''.join([_HEAD, _CLUSTERS, _CLUSTER, _CERTAIN, _MAP, _STEPS, _RECIPE])
     page = Environment(autoescape=True).from_string(template).render(_page_values(run, figures))
-    with writing(folder/'report.html') as f: f.write(page.encode())
+    with writing(folder/'report.html') as f: f.write(page.encode(errors='replace'))
     return folder/'report.html'
