@@ -32,7 +32,8 @@ def _recipe(args): # the Recipe of a run, with every option in it; what to call 
     if not args.source: raise UserError('SOURCE is empty: name a folder or a data set.')
     usual = name if name in PRESETS and not (args.device.type == 'cpu' and name in PAPER) else 'folder'
     recipe = find_recipe(f'{name} {asked}' if f'{name} {asked}' in PRESETS else asked or usual, args.device)
-    change = dict(n_clusters=PAPER[name].n_clusters) if not asked and usual == 'folder' and name in PAPER else {}
+    paper = PAPER.get(name) if usual == 'folder' and not asked else None
+    change = dict(n_clusters=paper.n_clusters) if paper else {}
     if name and dataset_name(recipe.data) != name:
         change |= dict(data=name, test_data=None if name == 'digits' else name)
     elif not name and recipe.data != args.source: change |= dict(data=args.source, test_data=None)
