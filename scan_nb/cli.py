@@ -119,7 +119,7 @@ def _predict(args): # run, files, out, device
     from scan_nb.pipeline import SCAN
     from scan_nb.report import read_metrics, write_clusters
     from scan_nb.run_folder import writing
-    files, metrics = [], Path(args.run)/'metrics.json'
+    files, metrics = [], Path(args.run).expanduser()/'metrics.json'
     for path in map(Path, args.files):
         if not path.exists(): raise UserError(f"There is no file '{path}': check the path.")
         files += find_images(path) if path.is_dir() else [path]
@@ -271,6 +271,7 @@ def main(
 ) -> int:                           # 0, 2 for wrong input, 130 after Ctrl-C
     "The command `scan-nb`. Wrong input gets one sentence on stderr."
     args = _parser().parse_args(argv)
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='surrogateescape')   # names of files
     try: _work(args)
     except KeyboardInterrupt:
         again = ' The same command continues where it stopped.' if args.name in CONTINUES else ''

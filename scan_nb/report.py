@@ -233,7 +233,7 @@ def _thumbnail(image): # C×H×W uint8 -> for `src`
 # %% ../nbs/12a_report.ipynb #6eeb8f4f
 def _read_file(folder, name, read): # a file in a run folder; function(bytes) -> content
     "Raises UserError when the folder is no finished run or the file is damaged."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not folder.is_dir(): raise UserError(f"There is no run folder '{folder}': check the path.")
     try: return read((folder/name).read_bytes())
     except FileNotFoundError:
@@ -587,7 +587,7 @@ def write_report(
 ) -> Path:               # its report.html
     "One self-contained page, from the run folder alone. Raises UserError for a missing or damaged file."
     from jinja2 import Environment
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     run = read_examples(folder)
     figures = draw_figures(run)
     (folder/'figures').mkdir(exist_ok=True)

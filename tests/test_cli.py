@@ -15,7 +15,7 @@ from scan_nb.evaluate import cluster_metrics
 from scan_nb.pipeline import SCAN
 from scan_nb.recipe_files import load_stages, to_yaml
 from scan_nb.recipes import PRESETS, PretextRecipe, Recipe, ScanRecipe, SelfLabelRecipe
-from shell import start, stop
+from shell import start, stop, without_figures
 from test_datasets import FAKE, write_cifar10, write_stl
 
 REPO = Path(__file__).parents[1]
@@ -150,6 +150,21 @@ def test_options_reach_the_recipe(pictures, tmp_path, no_figures):
     assert s['pretext'].views_options == dict(flip_p=0, rotation=15)
     assert s['scan'].views_options == dict(flip_p=0, n_ops=2)
     assert s['selflabel'].views_options == dict(flip_p=0)
+
+def test_a_home_folder_and_a_name_that_is_no_text(tmp_path):
+    "A shell leaves `--out=~/run` as it is, and the name of a file may hold any bytes."
+    folder, odd = with_labels(tmp_path/'d', 3), [os.fsdecode(b'class0/%c.png' % i) for i in (0xff, 0xfe)]
+    os.rename(f'{folder}/class0/0.png', f'{folder}/{odd[0]}')
+    Path(folder, odd[1]).touch()
+    for words in (['run', folder, '--out=~/run', *TINY], ['report', '~/run'], ['eval', '~/run'],
+                  ['predict', '~/run', folder, '--device', 'cpu']):
+        process = start(*words, out=tmp_path/'said', first=without_figures, HOME=str(tmp_path))
+        process.join()
+        out, err = process.said()
+        assert process.exitcode == 0, err
+    assert f'{folder}/{odd[0]}' in [row['path'] for row in read(out)]
+    known = read((tmp_path/'run/clusters.csv').read_text(errors='surrogateescape'))
+    assert len(known) == 60 and odd[0] in [row['path'] for row in known]
 
 KILL = signal.SIGKILL
 MOMENTS = {'pretext/simclr/checkpoint.pth.tar': KILL, 'pretext/simclr/model.pth.tar': KILL,
