@@ -152,25 +152,32 @@ def _eval(args): # run and source, or config_exp and model
     for split, data in images.items():
         _say(f'{split} ({len(data):,} images): {format_scores(scan.scores(data))}')
 
+# %% ../nbs/13_cli.ipynb #6f61329a
+def _score_features(stage, model, data): # data: the images looked at
+    "How good the neighbors are that a pretext model finds."
+    from scan_nb.neighbors_fast import score_neighbors
+    from scan_nb.stages import find_pairs
+    r, same = stage.recipe, data is stage.data
+    def pairs(images, k): return find_pairs(r, model, images, min(k, len(images) - 1), stage.device)
+    z, near = pairs(data, r.n_neighbors if same else r.n_neighbors_val)
+    return score_neighbors(data, z, near, stage.data, z if same else pairs(stage.data, 1)[0])
+
 # %% ../nbs/13_cli.ipynb #6f613299
 def _eval_file(args): # config_exp, model, visualize_prototypes
     "scan-nb eval with a recipe: scores and pictures of a model file."
     from scan_nb.data import UserError
     from scan_nb.evaluate import grade
     from scan_nb.models import read_weights
-    from scan_nb.neighbors_fast import score_neighbors
     from scan_nb.report import draw_confusion, draw_prototypes
     from scan_nb.run_folder import Outcome
-    from scan_nb.stages import Stage, find_pairs, format_scores, logits_of
+    from scan_nb.scan import logits_of
+    from scan_nb.stages import Stage, format_scores
     recipe, images, folder, options = _find_stage(args)
     file, stage = Path(args.model or folder/recipe.folder/'model.pth.tar'), Stage(recipe, images, **options)
     if not file.is_file(): raise UserError(f"There is no model '{file}': finish that stage, or check it.")
     model = Outcome(recipe, stage.shape, read_weights(file), file=file).load(stage.device)
     split, data = list(stage.splits.items())[-1]
-    if recipe.stage == 'pretext':
-        (z, _), (h, near) = (find_pairs(recipe, model, d, min(k, len(d) - 1), stage.device) for d, k in (
-            (stage.data, 1), (data, recipe.n_neighbors if data is stage.data else recipe.n_neighbors_val)))
-        scores = score_neighbors(data, h, near, stage.data, z)
+    if recipe.stage == 'pretext': scores = _score_features(stage, model, data)
     else:
         p = logits_of(model, stage.seen(data.images)).softmax(1)
         scores = grade(p.argmax(1), data.labels, p)
