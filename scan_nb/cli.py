@@ -26,8 +26,7 @@ def _recipe(args): # the Recipe of a run, with every option in it; what to call 
     "The recipe that the words of a run ask for. Raises UserError for an unknown name or setting."
     from scan_nb.data import UserError
     from scan_nb.datasets import dataset_name
-    from scan_nb.recipe_files import find_recipe
-    from scan_nb.recipes import PAPER, PRESETS
+    from scan_nb.recipe_files import PAPER, PRESETS, find_recipe
     name, asked = dataset_name(args.source), args.recipe
     if not args.source: raise UserError('SOURCE is empty: name a folder or a data set.')
     usual = name if name in PRESETS and not (args.device.type == 'cpu' and name in PAPER) else 'folder'
@@ -85,8 +84,8 @@ def _find_stage(args, name=None): # its recipe, complete; images; folder of the 
     from scan_nb.data import UserError
     from scan_nb.datasets import load_splits
     from scan_nb.distributed import first_ahead
-    from scan_nb.recipe_files import load_stages
-    from scan_nb.recipes import PRESETS, STAGES, change, complete
+    from scan_nb.recipe_files import PRESETS, load_stages
+    from scan_nb.recipes import STAGES, change, complete
     preset = PRESETS.get(args.config_exp)
     stages = preset.on(args.device).stages if preset else load_stages(args.config_exp, args.device)
     stage = STAGES[name].stage if name else list(stages)[-1]

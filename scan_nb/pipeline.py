@@ -18,8 +18,8 @@ from .distributed import place
 from .evaluate import grade
 from .models import ClusteringModel
 from .neighbors import center_crop, embed
-from .recipe_files import find_recipe, to_yaml
-from .recipes import PRESETS, Recipe
+from .recipe_files import PRESETS, find_recipe, to_yaml
+from .recipes import Recipe
 from .report import summarize, write_report
 from .run_folder import open_folder, read_model, write_model, writing
 from .scan import logits_of
@@ -117,7 +117,7 @@ class SCAN:
     def load(cls, folder: str|Path, device: str|None = None) -> 'SCAN':
         "A SCAN ready to predict, from a run folder or what `save` wrote. Raises UserError, as for damage."
         model, stages, shape = read_model(Path(folder).expanduser(), pick_device(device))
-        scan = cls(recipe=Recipe(**{'selflabel': None} | stages), device=device)
+        scan = cls(recipe=Recipe.of(stages), device=device)
         scan.model_, scan.shape_, scan.recipe_, scan._parts = model, shape, scan.recipe, stages
         return scan
 

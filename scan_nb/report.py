@@ -139,7 +139,9 @@ def compare(
     if found and not found.keys() >= {'points', 'clusters'}: raise saved.unusable('is of another kind')
     wanted = last.clusters and any(data.labels is not None for data in splits.values())
     if found and (found['clusters'] or not wanted): return found | dict(index=index)
-    if not found: found = dict(points=embed_2d(features[index], last.recipe.seed), clusters={})
+    if not found:
+        points = from_first(None if place()[0] else embed_2d(features[index], last.recipe.seed))
+        found = dict(points=points, clusters={})
     if wanted: found['clusters'] = _kmeans(outcomes, splits, device)
     if saved and not place()[0]: saved.save(**found)
     return found | dict(index=index)
@@ -254,10 +256,9 @@ def read_examples(
 ) -> dict:               # recipe, metrics, examples (arrays)
     "The files that a report is made of. Raises UserError when one is missing or damaged."
     import yaml
-    arrays = lambda raw: dict(np.load(io.BytesIO(raw)))
-    recipe = lambda raw: dict(yaml.safe_load(raw))
-    kinds = {'recipe': ('recipe.yml', recipe), 'examples': ('examples.npz', arrays)}
-    return {'metrics': read_metrics(folder)} | {k: _read_file(folder, *v) for k, v in kinds.items()}
+    return dict(metrics=read_metrics(folder),
+                recipe=_read_file(folder, 'recipe.yml', lambda raw: dict(yaml.safe_load(raw))),
+                examples=_read_file(folder, 'examples.npz', lambda raw: dict(np.load(io.BytesIO(raw)))))
 
 # %% ../nbs/12a_report.ipynb #76bd4785
 STAGE_NAMES = {'pretext': 'Features', 'pretext2': 'Features of another network',
@@ -274,6 +275,11 @@ def _png(figure): # of matplotlib, closed afterwards
     figure.savefig(buffer, dpi=100, metadata={'Software': None})
     plt.close(figure)
     return buffer.getvalue()
+
+def _save_figure(ax, file): # matplotlib Axes, .png -> the file
+    "Write the figure of these axes and close it."
+    with writing(file) as f: f.write(_png(ax.figure))
+    return file
 
 # %% ../nbs/12a_report.ipynb #a777117a
 def _draw_curves(history): # step -> rows; gives name -> PNG
@@ -300,19 +306,12 @@ def draw_figures(
         if 'points_cluster' in shown:
             figures['map'] = _png(plot_embedding(points, shown['points_cluster']).figure)
         if 'points_label' in shown:
-            axes = plot_embedding(points, shown['points_label'], classes)
-            figures['map-classes'] = _png(axes.figure)
+            figures['map-classes'] = _png(plot_embedding(points, shown['points_label'], classes).figure)
         if not figures: figures['map'] = _png(plot_embedding(points, np.zeros(len(points), int)).figure)
         if 'table' in shown:
             axes = plot_confusion(torch.from_numpy(shown['table']), shown['order'], classes)
             figures['confusion'] = _png(axes.figure)
         return figures | _draw_curves(run['metrics']['history'])
-
-# %% ../nbs/12a_report.ipynb #12a0000c
-def _save_figure(ax, file): # matplotlib Axes, .png -> the file
-    "Write the figure of these axes and close it."
-    with writing(file) as f: f.write(_png(ax.figure))
-    return file
 
 # %% ../nbs/12a_report.ipynb #12a0000d
 def draw_confusion(
@@ -591,6 +590,7 @@ def write_report(
     run = read_examples(folder)
     figures = draw_figures(run)
     (folder/'figures').mkdir(exist_ok=True)
+    for old in (folder/'figures').glob('*.png'): old.unlink()   # some need labels that are perhaps gone
     for name, raw in figures.items():
         with writing(folder/'figures'/f'{name}.png') as f: f.write(raw)
     template = ''.join([_HEAD, _CLUSTERS, _CLUSTER, _CERTAIN, _MAP, _STEPS, _RECIPE])

@@ -22,7 +22,7 @@ from .models import ClusteringModel, ClusterHeads
 from .training import CosineSchedule, autocast, make_generator, seeded, steps_per_epoch
 from .distributed import gather, train
 from .simclr import take
-from .neighbors import embed, run_over, unit_rows
+from .neighbors import center_crop, embed, run_over, unit_rows
 from .neighbors_fast import mine_neighbors
 
 # %% ../nbs/09_scan.ipynb #98f4fb6c
@@ -452,16 +452,16 @@ def _scan_inputs(model, images, neighbors, remine_every, mine, entropy_weight, p
     return Pairs(neighbors.cpu(), remine_every, mine), dict(entropy_weight=entropy_weight, prior=prior)
 
 # %% ../nbs/09_scan.ipynb #b90c0013
-def _run_scan(model, images, pairs, augment, loss, head_only, seed, optimizer, schedule, adam, *, epochs,
-              batch_size, monitor=None, **options):
+def _run_scan(model, images, seen, pairs, augment, loss, head_only, seed, optimizer, schedule, adam, *,
+              epochs, batch_size, monitor=None, **options):
     "The stage under watch; of several heads the model keeps the best. UserError for a foreign schedule."
     if schedule is not None and getattr(schedule, 'optimizer', optimizer) is not optimizer:
         raise UserError('The schedule belongs to another optimizer: give both, the schedule made for it.')
     trained, given, g = model.cluster_head if head_only else model, pairs.neighbors, make_generator(seed)
     optimizer = optimizer or torch.optim.Adam(trained.parameters(), **adam)
-    def health(model): return _best_health(model, images, given, loss)
+    def health(model): return _best_health(model, seen, given, loss)
     def after(epoch):
-        pairs.after(epoch, model, images)
+        pairs.after(epoch, model, seen)
         return monitor and monitor(epoch)
     result = train_checked(
         model, _scan_step(model, images, pairs, augment, loss, head_only, g), images, given, optimizer,
@@ -477,7 +477,7 @@ def train_scan(
     model: ClusteringModel,        # trained in place, on its device; of several heads the best is kept
     images: Tensor,                # N×C×H×W, anywhere
     neighbors: Tensor,             # N×K int64
-    augment: Callable,             # (images, generator) -> a view of each
+    augment: Callable,             # (images, generator) -> a view of each; judged is the middle of its size
     *, epochs: int = 50,           # passes over the data
     batch_size: int = 128,         # anchors per update; several times the number of clusters
     lr: float = 1e-4,              # of Adam, falling along a cosine (constant in the paper)
@@ -493,7 +493,8 @@ def train_scan(
     **options,                     # monitor, checkpoint, progress: see `train_checked`
 ) -> StageResult:
     "The clustering step on the whole network (SCAN, section 2.2). Raises UserError for foreign neighbors."
-    pairs, loss = _scan_inputs(model, images, neighbors, remine_every, mine, entropy_weight, prior, seed)
+    seen = center_crop(images, getattr(augment, 'size', max(images.shape[2:])))
+    pairs, loss = _scan_inputs(model, seen, neighbors, remine_every, mine, entropy_weight, prior, seed)
     adam = dict(lr=lr, weight_decay=weight_decay)
-    return _run_scan(model, images, pairs, augment, loss, head_only, seed, optimizer, schedule, adam,
+    return _run_scan(model, images, seen, pairs, augment, loss, head_only, seed, optimizer, schedule, adam,
                      epochs=epochs, batch_size=batch_size, **options)

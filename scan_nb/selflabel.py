@@ -16,7 +16,7 @@ from .models import ClusteringModel, evaluating
 from .training import CosineSchedule, autocast, make_generator
 from .distributed import gather
 from .simclr import take
-from .neighbors import embed
+from .neighbors import center_crop, embed
 from .scan import StageResult, check_neighbors, clustering_health, find_prior, logits_of
 from .scan import mean_entropy, train_checked
 
@@ -68,9 +68,8 @@ def _step(student, ema, images, strong, weak, generator, entropy_weight, prior, 
     def step(indices):
         if ema is not None: ema.update(student)
         x = take(images, indices, device)
-        seen = x if weak is None else weak(x, generator)
         with torch.no_grad(), evaluating(teacher), autocast(device, student):
-            target = gather(teacher(seen)[0])
+            target = gather(teacher(weak(x, generator))[0])
         if not confident_labels(target, lesson['threshold'])[0].any(): return None   # read from the GPU
         views = strong(x, generator)
         with autocast(device, student): logits = gather(student(views)[0])
@@ -85,7 +84,7 @@ def train_selflabel(
     images: Tensor,                # N×C×H×W, anywhere
     neighbors: Tensor,             # N×K int64, only for the label-free check
     strong: Callable,              # student's views: (images, generator) -> a view of each
-    *, weak: Callable|None = None, # teacher's views; None: the images as they are
+    *, weak: Callable|None = None, # teacher's views; None: the images, or the middle in the size of `strong`
     threshold: float = .99,        # confidence above which an image teaches, 0 ≤ threshold < 1
     balance: bool = True,          # clusters weigh the same in the cross-entropy
     soft_targets: bool = False,    # the teacher's probabilities are the label, not its cluster alone
@@ -101,10 +100,11 @@ def train_selflabel(
     **options,                     # monitor, tolerance, checkpoint, progress: see `train_checked`
 ) -> StageResult:
     "Self-labelling (SCAN, section 2.3), undone when it does harm. Raises UserError for a wrong setting."
-    loss = _settings(model, images, neighbors, threshold, balance, soft_targets, entropy_weight, prior, seed)
-    optimizer = _optimizer(model, optimizer, schedule, lr)
-    return _run(model, images, neighbors.cpu(), strong, weak, loss, ema_decay, seed, optimizer,
-                schedule=schedule, epochs=epochs, batch_size=batch_size, **options)
+    def middle(x, generator=None): return center_crop(x, getattr(strong, 'size', max(x.shape[2:])))
+    seen, optimizer = middle(images), _optimizer(model, optimizer, schedule, lr)
+    loss = _settings(model, seen, neighbors, threshold, balance, soft_targets, entropy_weight, prior, seed)
+    return _run(model, images, seen, neighbors.cpu(), strong, weak or middle, loss, ema_decay, seed,
+                optimizer, schedule=schedule, epochs=epochs, batch_size=batch_size, **options)
 
 # %% ../nbs/10_selflabel.ipynb #3402bee9
 def _settings(model, images, neighbors, threshold, balance, soft, entropy_weight, prior, seed):
@@ -130,12 +130,12 @@ def _optimizer(model, optimizer, schedule, lr):
     return optimizer
 
 # %% ../nbs/10_selflabel.ipynb #5e1fab08
-def _run(model, images, neighbors, strong, weak, loss, ema_decay, seed, optimizer, **options):
+def _run(model, images, seen, neighbors, strong, weak, loss, ema_decay, seed, optimizer, **options):
     "The stage under watch; its result is the slow teacher, or the model itself."
     g = make_generator(seed)
     ema = None if ema_decay is None else EMA(model, ema_decay)
     step = _step(model.train(), ema, images, strong, weak, g, **loss)
-    def health(model): return clustering_health(logits_of(model, images), neighbors, prior=loss['prior'])
+    def health(model): return clustering_health(logits_of(model, seen), neighbors, prior=loss['prior'])
     options = dict(tolerance=.005, stop=True) | options
     return train_checked(model, step, images, neighbors, optimizer, result=ema and ema.model, health=health,
                          generator=g, **options)

@@ -337,9 +337,8 @@ def run_selflabel(
     r, stage = recipe, Stage(recipe, images, folder, **options)
     if found := stage.begin(before): return found
     model, neighbors = _start_model(stage)
-    weak = (lambda x, generator: stage.seen(x)) if min(stage.shape[1:]) > stage.size else None
-    return _train_clusters(stage, model, train_selflabel, neighbors, weak=weak, threshold=r.threshold,
-                           balance=r.balance, ema_decay=r.ema_decay, soft_targets=r.soft_targets)
+    return _train_clusters(stage, model, train_selflabel, neighbors, threshold=r.threshold, balance=r.balance,
+                           ema_decay=r.ema_decay, soft_targets=r.soft_targets)
 
 # %% ../nbs/12_stages.ipynb #12000043
 RUN = {'pretext': run_pretext, 'scan': run_scan, 'selflabel': run_selflabel}

@@ -58,9 +58,25 @@ def shown(cell):
     streams = {o.name for o in outs if o.output_type == 'stream'} - {'stderr'}
     return streams.union(*(set(o.data)-{'text/plain'} or {'text/plain'} for o in outs if 'data' in o))
 
+TIMES = re.compile(r'\n+\*Reading: (.+) Running: (.+)\*')   # at the head of a lesson
+
+def reading(nb):
+    "Minutes, in fives: 200 words of text or 15 lines of code in one."
+    words = sum(len(c.source.split()) for c in nb.cells if c.cell_type == 'markdown')
+    lines = sum(len(re.findall(r'^\s*(?!\s|#).', c.source, re.M)) for c in nb.cells if c.cell_type == 'code')
+    return max(5, 5*round((words/200 + lines/15)/5))
+
+def tell_times(nb, seconds):
+    "How long a lesson takes, below its claim; index and benchmarks have other readers."
+    minutes = max(1, round(seconds/60))
+    running = f"{minutes} minute{'s'*(minutes > 1)}" if seconds > 40 else 'less than a minute'
+    head = nb.cells[0]
+    head.source = TIMES.sub('', head.source).rstrip() + (
+        f'\n\n*Reading: about {reading(nb)} minutes. Running: {running} on a CPU.*')
+
 def run(path, force=frozenset(), check=False):
     "Execute one notebook and save it (with `check`: compare and save nothing); the list of its faults."
-    nb = nbformat.read(path, as_version=4)
+    nb, start = nbformat.read(path, as_version=4), time.time()
     before = [shown(c) for c in nb.cells]
     with TemporaryDirectory() as sockets:       # not ports: two kernels that start at once may pick one port
         client = Client(nb, timeout=None if force else 600, startup_timeout=180, kernel_name='python3',
@@ -71,6 +87,7 @@ def run(path, force=frozenset(), check=False):
         except (CellExecutionError, CellTimeoutError, RuntimeError) as e:
             return [f'{path.name}: {strip_ansi(str(e))}']
     if not check:
+        if not force and path.stem not in ('index', 'benchmarks'): tell_times(nb, time.time() - start)
         nbformat.write(nb, path)
         nbdev_clean.__wrapped__(str(path))
     changed = [(c, was) for c, was in zip(nb.cells, before) if check and shown(c) != was]

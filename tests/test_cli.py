@@ -13,8 +13,8 @@ from scan_nb.data import UserError, digits
 from scan_nb.datasets import DATASETS, open_images, synthetic_aurora
 from scan_nb.evaluate import cluster_metrics
 from scan_nb.pipeline import SCAN
-from scan_nb.recipe_files import load_stages, to_yaml
-from scan_nb.recipes import PRESETS, PretextRecipe, Recipe, ScanRecipe, SelfLabelRecipe
+from scan_nb.recipe_files import PRESETS, load_stages, to_yaml
+from scan_nb.recipes import PretextRecipe, Recipe, ScanRecipe, SelfLabelRecipe
 from shell import start, stop, without_figures
 from test_datasets import FAKE, write_cifar10, write_stl
 

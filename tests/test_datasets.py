@@ -966,7 +966,7 @@ def test_images_that_are_not_to_be_had(env, name, words):
 
 def test_every_preset_names_images_that_can_be_opened(monkeypatch):
     "Each name in a shipped recipe leads to the door of that data set, in all its parts."
-    from scan_nb.recipes import PRESETS
+    from scan_nb.recipe_files import PRESETS
     asked, named = [], {}
     for name in DATASETS:
         monkeypatch.setitem(datasets.DATASETS, name,

@@ -95,7 +95,7 @@ def scan(n_heads=1, head_only=False):
 def selflabel(threshold=.4, ema=True, **lesson):
     model = Net3().train()
     slow = EMA(model, .5) if ema else None
-    step = _step(model, slow, IMAGES, view, None, make_generator(0), 1., None, threshold=threshold,
+    step = _step(model, slow, IMAGES, view, lambda x, g: x, make_generator(0), 1., None, threshold=threshold,
                  balance=True, soft=False, **lesson)
     return run_steps(step, model)
 

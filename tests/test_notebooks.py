@@ -6,7 +6,7 @@ import nbformat
 import numpy as np
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
-from run_notebooks import NBS, ROOT, directives, notebooks, run
+from run_notebooks import NBS, ROOT, TIMES, directives, notebooks, reading, run, tell_times
 
 LOCAL_PATH = re.compile(r'(?<![\w.~-])/(home|root|tmp|work|workspace|mnt|opt|Users|var/folders)/')
 each_notebook = pytest.mark.parametrize('path', notebooks(), ids=lambda p: p.stem)
@@ -84,6 +84,27 @@ def test_is_small(path): assert path.stat().st_size < 1_000_000
 def test_begins_with_title_and_claim(path):
     first = next(c for c in read(path).cells[:2] if c.cell_type == 'markdown')
     assert re.match(r'# \S.*\n\s*> \S', first.source), '`# Title`, then `> one-sentence claim`'
+
+@pytest.mark.parametrize('path', [p for p in notebooks() if p.stem not in ('index', 'benchmarks')],
+                         ids=lambda p: p.stem)
+def test_says_how_long_it_takes(path):
+    nb = read(path)
+    told = TIMES.search(nb.cells[0].source)
+    assert told and told[1] == f'about {reading(nb)} minutes.', 'run `make notebooks`'
+    assert re.fullmatch(r'(less than a|1|2) minutes? on a CPU\.', told[2])
+
+def test_engine_rooms_can_be_skipped():
+    said = {p.stem.partition('_')[0] for p in notebooks() for c in read(p).cells[:3]
+            if 'Engine room: skip on a first reading' in c.source}
+    assert said == {'00a', '01a', '03a', '08a', '11a', '11b', '13a'}
+
+def test_times_are_told_once():
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell('# A\n\n> Claim.\n\nMore.')])
+    nb.cells += [nbformat.v4.new_markdown_cell('word '*1000), nbformat.v4.new_code_cell('x = 1\n\n# y\n'*75)]
+    for seconds, words in ((30, 'less than a minute'), (80, '1 minute'), (100, '2 minutes')):
+        tell_times(nb, seconds)
+        assert nb.cells[0].source == (
+            f'# A\n\n> Claim.\n\nMore.\n\n*Reading: about 10 minutes. Running: {words} on a CPU.*')
 
 @each_notebook
 def test_cells_are_short(path):

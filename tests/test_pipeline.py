@@ -15,8 +15,8 @@ from scan_nb.data import ImageSet, UserError, digits
 from scan_nb.evaluate import cluster_metrics, kmeans_baseline
 from scan_nb.neighbors_fast import mine_neighbors
 from scan_nb.pipeline import SCAN
-from scan_nb.recipe_files import load_stages, to_yaml
-from scan_nb.recipes import FOLDER, PRESETS, Recipe
+from scan_nb.recipe_files import PRESETS, load_stages, to_yaml
+from scan_nb.recipes import FOLDER, Recipe
 from scan_nb.report import summarize, write_report
 from scan_nb.run_folder import read_run
 from scan_nb.stages import run_pretext, run_scan

@@ -179,7 +179,8 @@ def test_precision_reaches_every_step(gpu, monkeypatch, precision, kind):
     pairs, loss = Pairs(torch.zeros(12, 1, dtype=torch.int64)), dict(entropy_weight=5., prior=None)
     slow = EMA(classes, .9)
     run(_scan_step(classes, images(), pairs, VIEWS['weak'], loss, False, make_generator(0)))
-    step = _step(classes, slow, images(), VIEWS['weak'], None, make_generator(0), 5., None, threshold=.9)
+    step = _step(classes, slow, images(), VIEWS['weak'], lambda x, g: x, make_generator(0), 5., None,
+                 threshold=.9)
     with decided(monkeypatch): run(step)
     logits_of(classes, images())
     assert {*types, *twins, *more} == {kind} and len(types) > 1 and len(twins) and len(more) > 3

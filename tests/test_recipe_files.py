@@ -14,8 +14,9 @@ import yaml
 from run_notebooks import ROOT
 from scan_nb.augment_fast import WeakAugment
 from scan_nb.data import UserError
-from scan_nb.recipe_files import find_config, find_recipe, known_keys, load_env, load_stages, to_yaml
-from scan_nb.recipes import FOLDER, PAPER, PRESETS, Recipe, make_views
+from scan_nb.recipe_files import (PAPER, PRESETS, find_config, find_recipe, known_keys, load_env, load_stages,
+                                  to_yaml)
+from scan_nb.recipes import FOLDER, Recipe, make_views
 from test_recipes import BOTH, CONFIGS, DATA, FILES, each_file
 
 SHIPPED = sorted(CONFIGS.glob('*/*.yml'))

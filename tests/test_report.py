@@ -409,6 +409,8 @@ def test_style_and_figures_outside_are_left_alone(run):
     plt.close(figure)
 
 def test_figures_are_files_too(run):
+    (run/'figures').mkdir(exist_ok=True)
+    (run/'figures/of-labels-that-are-gone.png').write_bytes(b'')
     write_report(run)
     names = {p.stem for p in (run/'figures').glob('*.png')}
     assert names == {'map', 'map-classes', 'confusion', 'curves-pretext', 'curves-heads', 'curves-scan'}

@@ -333,6 +333,15 @@ def test_stage_that_ruins_the_clusters_gives_them_back(small):
         assert torch.equal(x, y)
 
 
+def test_large_images_are_judged_in_the_size_of_their_views(small):
+    images, neighbors, model, views = small
+    large, trained, sizes = torch.nn.functional.pad(images, (3, 3, 2, 2)), copy.deepcopy(model), set()
+    trained.register_forward_pre_hook(lambda module, x: sizes.add(tuple(x[0].shape[2:])))
+    options = dict(epochs=1, batch_size=50, lr=0., prior='estimate', remine_every=1)
+    train_scan(trained, large, neighbors, views, **options)
+    assert sizes == {(8, 8)}
+
+
 def test_stage_refuses_foreign_neighbors(small):
     images, neighbors, model, views = small
     with pytest.raises(UserError, match='do not belong to 100 images'):

@@ -156,6 +156,18 @@ def test_ready_made_optimizer_and_schedule_replace_the_defaults(start):
     assert not torch.equal(only_head.cluster_head.weight, model.cluster_head.weight)
 
 
+def test_large_images_are_judged_and_taught_in_the_size_of_their_views(start):
+    images, neighbors, model, views = start
+    large, trained, sizes = torch.nn.functional.pad(images, (3, 3, 2, 2)), copy.deepcopy(model), set()
+    trained.register_forward_pre_hook(lambda module, x: sizes.add(tuple(x[0].shape[2:])))
+    result = train_selflabel(trained, large, neighbors, views, epochs=1, batch_size=100, threshold=.3)
+    assert sizes == {(8, 8)} and result.history
+    whole, sizes_of_whole = copy.deepcopy(model), set()
+    whole.register_forward_pre_hook(lambda module, x: sizes_of_whole.add(tuple(x[0].shape[2:])))
+    train_selflabel(whole, large, neighbors, lambda x, g: x, epochs=1, batch_size=100)
+    assert sizes_of_whole == {(12, 14)}   # views of no size of their own: the images as they are
+
+
 def test_optimizers_of_other_weights_are_refused(start):
     images, neighbors, model, views = start
     trained, other = copy.deepcopy(model), copy.deepcopy(model)
