@@ -740,10 +740,10 @@ def run_folder(
     return dict(rows=rows, checks=checks, work=work, threads=cores())
 
 # %% ../nbs/benchmarks.ipynb #c3e8ef6b
-def _count_modules(code):
-    "How many modules Python has loaded after a program."
+def _count_modules(code, loaded, name):
+    "Run a program, and note under its name how many modules Python has then loaded."
     done = run_python(f'import sys\ntry: {code}\nexcept SystemExit: pass\nprint(len(sys.modules))')
-    return int(done.stdout.split()[-1])
+    loaded[name] = int(done.stdout.split()[-1])
 
 # %% ../nbs/benchmarks.ipynb #3958a5c7
 def run_imports(
@@ -756,13 +756,14 @@ def run_imports(
     codes = {'import torch': 'import torch', 'import torch, scan_nb': 'import torch, scan_nb',
              'every module of scan_nb': f"import torch, {', '.join(names)}",
              'scan-nb --help': 'from scan_nb.cli import main; main(["--help"])'}
-    seconds = interleave({name: partial(run_python, code) for name, code in codes.items()}, rounds)
-    loaded = {name: _count_modules(code) for name, code in codes.items()}
+    loaded = {}
+    seconds = interleave({name: partial(_count_modules, code, loaded, name) for name, code in codes.items()},
+                         rounds)
     torch_, both, every, shell = (statistics.median(v) for v in seconds.values())
     checks = [check('scan_nb beyond torch', both - torch_, 's', at_most=targets[0]),
               check('scan-nb --help', shell, 's', at_most=targets[1]),
               check('all of scan_nb beyond torch', every - torch_, 's')]
-    torch_, both, every, shell = loaded.values()
+    torch_, both, every, shell = (loaded[name] for name in codes)
     count = (f'PyTorch brings {torch_:,} modules of Python, scan_nb {both - torch_:,} more, all its parts '
              f'{every - torch_:,} more, and the help of the command needs {shell:,} in all')
     return dict(rows=[row(*item) for item in seconds.items()], checks=checks, count=count, threads=cores())

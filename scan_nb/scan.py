@@ -22,7 +22,7 @@ from .models import ClusteringModel, ClusterHeads
 from .training import CosineSchedule, autocast, make_generator, seeded, steps_per_epoch
 from .distributed import gather, train
 from .simclr import take
-from .neighbors import center_crop, embed, run_over, unit_rows
+from .neighbors import as_seen, embed, run_over, unit_rows
 from .neighbors_fast import mine_neighbors
 
 # %% ../nbs/09_scan.ipynb #98f4fb6c
@@ -493,7 +493,7 @@ def train_scan(
     **options,                     # monitor, checkpoint, progress: see `train_checked`
 ) -> StageResult:
     "The clustering step on the whole network (SCAN, section 2.2). Raises UserError for foreign neighbors."
-    seen = center_crop(images, getattr(augment, 'size', max(images.shape[2:])))
+    seen = as_seen(images, augment)
     pairs, loss = _scan_inputs(model, seen, neighbors, remine_every, mine, entropy_weight, prior, seed)
     adam = dict(lr=lr, weight_decay=weight_decay)
     return _run_scan(model, images, seen, pairs, augment, loss, head_only, seed, optimizer, schedule, adam,

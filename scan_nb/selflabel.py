@@ -16,7 +16,7 @@ from .models import ClusteringModel, evaluating
 from .training import CosineSchedule, autocast, make_generator
 from .distributed import gather
 from .simclr import take
-from .neighbors import center_crop, embed
+from .neighbors import as_seen, embed
 from .scan import StageResult, check_neighbors, clustering_health, find_prior, logits_of
 from .scan import mean_entropy, train_checked
 
@@ -100,11 +100,10 @@ def train_selflabel(
     **options,                     # monitor, tolerance, checkpoint, progress: see `train_checked`
 ) -> StageResult:
     "Self-labelling (SCAN, section 2.3), undone when it does harm. Raises UserError for a wrong setting."
-    def middle(x, generator=None): return center_crop(x, getattr(strong, 'size', max(x.shape[2:])))
-    seen, optimizer = middle(images), _optimizer(model, optimizer, schedule, lr)
+    seen, optimizer = as_seen(images, strong), _optimizer(model, optimizer, schedule, lr)
     loss = _settings(model, seen, neighbors, threshold, balance, soft_targets, entropy_weight, prior, seed)
-    return _run(model, images, seen, neighbors.cpu(), strong, weak or middle, loss, ema_decay, seed,
-                optimizer, schedule=schedule, epochs=epochs, batch_size=batch_size, **options)
+    return _run(model, images, neighbors.cpu(), strong, weak, loss, ema_decay, seed, optimizer,
+                schedule=schedule, epochs=epochs, batch_size=batch_size, **options)
 
 # %% ../nbs/10_selflabel.ipynb #3402bee9
 def _settings(model, images, neighbors, threshold, balance, soft, entropy_weight, prior, seed):
@@ -130,9 +129,10 @@ def _optimizer(model, optimizer, schedule, lr):
     return optimizer
 
 # %% ../nbs/10_selflabel.ipynb #5e1fab08
-def _run(model, images, seen, neighbors, strong, weak, loss, ema_decay, seed, optimizer, **options):
+def _run(model, images, neighbors, strong, weak, loss, ema_decay, seed, optimizer, **options):
     "The stage under watch; its result is the slow teacher, or the model itself."
-    g = make_generator(seed)
+    g, seen = make_generator(seed), as_seen(images, strong)
+    weak = weak or (lambda x, generator: as_seen(x, strong))
     ema = None if ema_decay is None else EMA(model, ema_decay)
     step = _step(model.train(), ema, images, strong, weak, g, **loss)
     def health(model): return clustering_health(logits_of(model, seen), neighbors, prior=loss['prior'])

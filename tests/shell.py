@@ -1,7 +1,8 @@
 """Commands in processes of their own, without the seconds that their imports take.
 
 `multiprocessing` keeps one process that has imported all; each command is a copy of it."""
-import multiprocessing, os, signal, socket, sys, time
+import multiprocessing, os, signal, socket, sys
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
@@ -41,11 +42,17 @@ def start(*words, out, first=None, **env):
     process.said = lambda: [Path(f).read_text(errors='surrogateescape') for f in files]
     return process
 
+def signal_at(at, how):
+    "Later in this process: the signal, as soon as the file `at` is there."
+    replace = os.replace
+    def watched(part, path):
+        replace(part, path)
+        if str(path) == at: os.kill(os.getpid(), how)
+    os.replace = watched
+
 def stop(*words, at, out, how=signal.SIGKILL):
     "The command, which gets a signal as soon as the file `at` is there. The process, which has ended."
-    process = start(*words, out=out)
-    while process.is_alive() and not at.exists(): time.sleep(.001)
-    os.kill(process.pid, how)
+    process = start(*words, out=out, first=partial(signal_at, str(at), how))
     process.join()
     return process
 

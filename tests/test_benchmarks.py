@@ -19,22 +19,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 # -- all cases, in little --
 
-@pytest.fixture(scope='module')
-def quick(tmp_path_factory):
-    "What the command says and writes."
-    file = tmp_path_factory.mktemp('bench')/'all.json'
-    with redirect_stdout(io.StringIO()) as said: code = main(['bench', '--quick', '--json', str(file)])
-    return code, said.getvalue(), json.loads(file.read_text())
-
-def test_all_cases_run(quick):
-    code, said, results = quick
-    assert not [r['error'] for r in results.values() if 'error' in r] and code == 0
-    assert list(results) == list(CASES) and list(results)[0] == 'machine'
-    assert f'{len(CASES)} cases, about' in said.splitlines()[0]
-
-@pytest.mark.parametrize('name', CASES)
-def test_a_result_has_its_shape(quick, name):
-    result = quick[2][name]
+def check_shape(name, result):
     assert result['name'] == name and result['title'] == CASES[name].title and result['quick']
     assert result['threads'] >= 1 and result['minutes'] > 0 and result['rows']
     for r in result['rows']: assert r['low'] <= r['median'] <= r['high'] and r['rounds'] >= 1 and r['unit']
@@ -42,32 +27,47 @@ def test_a_result_has_its_shape(quick, name):
     if name == 'machine': return
     assert result['checks'] and (result.get('count') or result['work']['seconds'] > 0)
 
-@pytest.mark.parametrize('name', CASES)
-def test_a_table_says_all(quick, name):
-    _, said, results = quick
+def check_table(name, said, results):
     table = format_result(results[name], results['machine']['peaks'])
     assert table in said and CASES[name].why in table
     assert all(r['name'].strip() in table for r in results[name]['rows'])
 
-def test_the_machine_is_named(quick):
-    info = quick[2]['machine']['info']
+def check_machine(machine):
+    info = machine['info']
     assert info['cpu'] and info['cores'] >= 1 and info['memory_gb'] > 0 and info['python'] and info['system']
     assert torch.__version__.startswith(info['versions']['torch']) and 'kornia' in info['versions']
-    assert all(min(peak.values()) > 1e6 for peak in quick[2]['machine']['peaks'].values())
+    assert all(min(peak.values()) > 1e6 for peak in machine['peaks'].values())
 
-def test_alternatives_agree_with_ours(quick):
-    values = {x['what']: x for r in quick[2].values() for x in r.get('checks', [])}
+def check_agreement(results):
+    values = {x['what']: x for r in results.values() for x in r.get('checks', [])}
     assert values['scores differ by']['met'] and values['K = 3: cosines differ by']['met']
     assert values['true neighbors that ivf misses']['value'] < 10
 
-def test_pictures(quick):
+def check_pictures(results):
     import matplotlib
     matplotlib.use('agg')
-    faster, allowed = plot_checks(quick[2])
+    faster, allowed = plot_checks(results)
     names = [t.get_text() for t in faster.get_yticklabels()]
     assert 'views32: torchvision on PIL / ours' in names and allowed.get_xscale() == 'log'
-    assert len(plot_growth(quick[2]['growth']['growth']).lines) > 6
+    assert len(plot_growth(results['growth']['growth']).lines) > 6
     assert len(plot_checks({})) == 2
+
+def test_all_cases_run(tmp_path, monkeypatch, subtests):
+    "What the command says and writes. Processes of its own cost imports; one is started below."
+    here = lambda name, **options: getattr(benchmarks, name)(**options)
+    monkeypatch.setattr(benchmarks, 'run_apart', here)
+    file = tmp_path/'all.json'
+    with redirect_stdout(io.StringIO()) as out: code = main(['bench', '--quick', '--json', str(file)])
+    said, results = out.getvalue(), json.loads(file.read_text())
+    assert not [r['error'] for r in results.values() if 'error' in r] and code == 0
+    assert list(results) == list(CASES) and list(results)[0] == 'machine'
+    assert f'{len(CASES)} cases, about' in said.splitlines()[0]
+    for name in CASES:
+        with subtests.test(name): check_shape(name, results[name])
+        with subtests.test(f'table of {name}'): check_table(name, said, results)
+    with subtests.test('the machine is named'): check_machine(results['machine'])
+    with subtests.test('alternatives agree with ours'): check_agreement(results)
+    with subtests.test('pictures'): check_pictures(results)
 
 def test_targets_stand_in_the_full_sizes():
     assert CASES['views32'].full['targets'] == {'torchvision on PIL': 15, 'kornia': 5}
