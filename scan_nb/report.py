@@ -128,19 +128,19 @@ def _kmeans(outcomes, splits, device): # baseline -> split -> int32
 def compare(
     outcomes: list[Outcome],      # of a run
     splits: dict[str, ImageSet],  # all of it; labels decide whether there is anything to compare
-    features: Tensor,             # N×D of the first split, for the map
+    features: Tensor|None = None, # N×D of the first split, for the map; None: no map
     device: torch.device | str = 'cpu',  # where features are computed
 ) -> dict:                        # points M×2 and their index M; clusters: baseline -> split -> int32
     "A map of up to 1,000 images and, beside clusters, k-means; in a folder it is kept."
-    last, count = outcomes[-1], min(len(features), 1000)
-    index = torch.linspace(0, len(features) - 1, count).round().long()
+    last, n = outcomes[-1], 0 if features is None else len(features)
+    index = torch.linspace(0, n - 1, min(n, 1000)).round().long()
     saved = Checkpoint(last.file.with_name('compare.pth.tar')) if last.file else None
     found = from_first(saved and saved.load())   # another process may find the file a moment later
     if found and not found.keys() >= {'points', 'clusters'}: raise saved.unusable('is of another kind')
     wanted = last.clusters and any(data.labels is not None for data in splits.values())
     if found and (found['clusters'] or not wanted): return found | dict(index=index)
     if not found:
-        points = from_first(None if place()[0] else embed_2d(features[index], last.recipe.seed))
+        points = from_first(embed_2d(features[index], last.recipe.seed) if n and not place()[0] else None)
         found = dict(points=points, clusters={})
     if wanted: found['clusters'] = _kmeans(outcomes, splits, device)
     if saved and not place()[0]: saved.save(**found)
@@ -190,7 +190,7 @@ def summarize(
     splits, last = {k: v for k, v in images.items() if k != 'pretext'}, outcomes[-1]
     model, (first, *_, final), (data, *_) = last.load(device), (*splits, *splits), splits.values()
     seen = {k: center_crop(v.images, last.recipe.size or min(last.shape[1:])) for k, v in splits.items()}
-    features = embed(model, seen[first])
+    features = embed(model, seen[first]) if folder else None
     p = {k: logits_of(model, x).softmax(1) for k, x in seen.items() if last.clusters}
     found, steps = compare(outcomes, splits, features, device), _steps(outcomes, splits)
     metrics = dict(

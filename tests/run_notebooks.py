@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import kernels
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
@@ -31,6 +32,7 @@ DIRECTIVE = re.compile(r'^[ \t]*#[ \t]*\|[ \t]*([\w-]+)[ \t]*:?[ \t]*(.*)$', re.
 ENV = {'OMP_NUM_THREADS': '1', **os.environ, 'PYTHONHASHSEED': '0',
        'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])),
        'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
+kernels.patch(ENV)
 WORKERS = max(1, min(8, (os.cpu_count() or 1)//int(ENV['OMP_NUM_THREADS'])))
 
 def notebooks():
