@@ -145,6 +145,15 @@ SHARED = {'data', 'test_data', 'n_clusters', 'channels', 'size', 'mean', 'std', 
           'backbone_options', 'prior', 'seed', 'precision', 'compile'}   # set for all stages at once
 
 # %% ../nbs/11_recipes.ipynb #fd7b146f
+def _check_backbone(options): # as in a recipe
+    "Raises UserError for an option that small_resnet does not have, or a value that makes no network."
+    for name, value in options.items():
+        if name not in BACKBONE_OPTIONS:
+            raise UserError(f"There is no backbone option '{name}': give {' or '.join(BACKBONE_OPTIONS)}.")
+        check_value(name, tuple[int, ...] if name == 'widths' else int, value)
+    if options.get('widths') == (): raise UserError('widths is empty: give numbers of channels.')
+
+# %% ../nbs/11_recipes.ipynb #fd7b146e
 def _check_together(recipe): # of a stage, each setting checked
     "Raises UserError when two settings contradict each other."
     r, more = recipe, getattr(recipe, 'more_views', None)
@@ -152,11 +161,7 @@ def _check_together(recipe): # of a stage, each setting checked
     if more is not None and len(more) != r.n_networks - 1:
         raise UserError(f'n_networks is {r.n_networks}, and more_views has {len(more)} settings of views: '
                         'give one less than there are networks.')
-    for name in [] if r.backbone.startswith('timm:') else r.backbone_options:
-        if name not in BACKBONE_OPTIONS:
-            raise UserError(f"There is no backbone option '{name}': give {' or '.join(BACKBONE_OPTIONS)}.")
-        check_value(name, tuple[int, ...] if name == 'widths' else int, r.backbone_options[name])
-    if r.backbone_options.get('widths') == (): raise UserError('widths is empty: give numbers of channels.')
+    if not r.backbone.startswith('timm:'): _check_backbone(r.backbone_options)
     if (r.mean is None) != (r.std is None) or r.mean is not None and len(r.mean) != len(r.std):
         raise UserError(f'mean is {r.mean} and std is {r.std}: give one of each per channel, or neither.')
     if r.mean is not None and len(r.mean) not in ((1, 3) if r.channels is None else (r.channels,)):
