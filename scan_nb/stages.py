@@ -66,12 +66,11 @@ class Stage:
     images: dict[str, ImageSet]  # split -> images; the first is learned from
     folder: Path|None = None     # of the run; None: nothing is written, and a killed run is lost
     device: str|torch.device = 'cpu'  # where it is trained
-    say: Callable|None = None    # function(line): tells the user
+    say: Callable = lambda line: None  # tells the user a line
     progress: bool = False       # show bars
 
     def __post_init__(self):
         self.folder = None if self.folder is None else Path(self.folder).expanduser()
-        if self.say is None: self.say = lambda line: None
         self.device = torch.device(self.device)
         self.splits = {name: part for name, part in self.images.items() if name != 'pretext'}
         first, self.data = next(iter(self.splits.items()))
