@@ -38,7 +38,7 @@ def make_views(
 
 # %% ../nbs/11_recipes.ipynb #83fa9b97
 _COUNTS = ('size', 'widths', 'stem_stride', 'batch_size', 'pretext.epochs', 'features_dim', 'queue_size',
-          'n_neighbors', 'n_neighbors_val', 'n_heads', 'tried_heads')
+           'n_neighbors', 'n_neighbors_val', 'n_heads', 'tried_heads')
 _SHARES = 'mean', 'momentum', 'lr_decay_rate', 'warmup', 'key_momentum', 'whiten'
 LIMITS = dict.fromkeys(_COUNTS, (1, INF)) | dict.fromkeys(_SHARES, (0, 1)) | {
     'n_clusters': (2, INF), 'pretext.batch_size': (2, INF), 'n_networks': (1, 2),

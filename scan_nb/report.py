@@ -590,7 +590,8 @@ def write_report(
     run = read_examples(folder)
     figures = draw_figures(run)
     (folder/'figures').mkdir(exist_ok=True)
-    for old in (folder/'figures').glob('*.png'): old.unlink()   # some need labels that are perhaps gone
+    for old in () if place()[0] else (folder/'figures').glob('*.png'):   # some need labels that may be gone
+        if old.stem not in figures: old.unlink(missing_ok=True)
     for name, raw in figures.items():
         with writing(folder/'figures'/f'{name}.png') as f: f.write(raw)
     template = ''.join([_HEAD, _CLUSTERS, _CLUSTER, _CERTAIN, _MAP, _STEPS, _RECIPE])

@@ -405,7 +405,9 @@ def test_torchrun(tmp_path):
 def test_a_batch_that_cannot_be_shared_is_refused_in_one_sentence(pictures, tmp_path):
     first, second = two(*words('simclr', pictures, tmp_path, '--set', 'batch_size=33'), out=tmp_path/'said')
     out, err = first.said()
-    assert not out and err.splitlines()[-1] == ('scan-nb: A batch of 33 images cannot be shared equally by 2 '
-                                                'processes: make batch_size a multiple of 2.')
+    *bar, said = err.splitlines()
+    assert not out and said == ('scan-nb: A batch of 33 images cannot be shared equally by 2 processes: '
+                                'make batch_size a multiple of 2.')
+    assert all(line.startswith('images: ') for line in bar if line)
     assert first.exitcode == 2 and second.exitcode == -signal.SIGTERM and second.said() == ['', '']
     assert not (tmp_path/'results').exists()

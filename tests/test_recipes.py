@@ -206,7 +206,7 @@ own = {
         n_neighbors_val=st.integers(1, 9), index=st.sampled_from(['exact', 'ivf', 'hnsw']),
         time_window=positive, mutual=st.booleans(), whiten=unit, n_views=st.integers(0, 9)),
     'scan': dict(
-        entropy_weight=positive, n_neighbors=st.none() | st.integers(1, 99), n_heads=st.just(1),
+        entropy_weight=positive, n_neighbors=st.none() | st.integers(1, 99), n_heads=st.integers(1, 99),
         head_only=st.booleans(), heads_epochs=st.integers(1, 99), tried_heads=st.integers(1, 99),
         head_choice=st.sampled_from(['loss', 'agreement', 'both']), remine_every=st.integers(0, 9)),
     'selflabel': dict(
@@ -238,6 +238,7 @@ def recipes(draw):
         views = draw(st.sampled_from([*options]))
         given = draw(st.fixed_dictionaries(learning | own[stage])) | dict(
             views=views, views_options=draw(st.fixed_dictionaries({}, optional=options[views])))
+        if given.get('n_heads', 1) > 1: given['heads_epochs'] = 0   # a start by heads ends with one
         stages[stage] = kind(**common, **given, **({} if stage == 'pretext' else dict(prior=prior)))
     cpu = draw(st.fixed_dictionaries({}, optional={
         'size': st.integers(8, 64), 'pretext.epochs': st.integers(1, 9), 'scan.lr': positive,

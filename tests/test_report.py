@@ -9,7 +9,7 @@ import pytest, torch
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 from PIL import Image
 from test_stages import TINY, plain, three_digits
-from scan_nb import report
+from scan_nb import report, run_folder
 from scan_nb.data import ImageSet, UserError, digits
 from scan_nb.evaluate import cluster_metrics, confusion, kmeans_baseline, label_free_metrics
 from scan_nb.recipe_files import load_stages
@@ -414,6 +414,14 @@ def test_figures_are_files_too(run):
     write_report(run)
     names = {p.stem for p in (run/'figures').glob('*.png')}
     assert names == {'map', 'map-classes', 'confusion', 'curves-pretext', 'curves-heads', 'curves-scan'}
+
+def test_only_the_first_process_takes_figures_away(run, monkeypatch):
+    write_report(run)
+    before = sorted((run/'figures').iterdir())
+    monkeypatch.setattr(report, 'draw_figures', lambda run: {})
+    for room in (report, run_folder): monkeypatch.setattr(room, 'place', lambda: (1, 2))
+    write_report(run)
+    assert sorted((run/'figures').iterdir()) == before and before
 
 def test_as_many_clusters_as_classes_need_no_majority(run):
     assert 'majority' not in (run/'report.html').read_text()
