@@ -35,7 +35,7 @@ def _recipe(args): # the Recipe of a run, with every option in it; what to call 
     change = dict(n_clusters=paper.n_clusters) if paper else {}
     if name and dataset_name(recipe.data) != name:
         change |= dict(data=name, test_data=None if name == 'digits' else name)
-    elif not name and recipe.data != args.source: change |= dict(data=args.source, test_data=None)
+    elif not name and recipe.data != args.source: change |= dict(data=args.source, test_data=args.source)
     if args.whole: change['test_data'] = None
     given = dict(n_clusters=args.n_clusters, seed=args.seed, size=args.size) | {'pretext.epochs': args.epochs}
     change |= {name: value for name, value in given.items() if value is not None}
@@ -61,16 +61,22 @@ def _say_scores(metrics): # metrics.json of a run
             _say(' '.join([name.ljust(first), *cells]))
 
 # %% ../nbs/13_cli.ipynb #6646f75f
+def _images(args, r, unlabeled=True): # r: of a stage or a run; unlabeled: those of the pretext task too
+    "What a recipe learns from and is tested on, by split."
+    from scan_nb.datasets import load_splits
+    return load_splits(r.data, r.test_data, r.size, r.channels, args.env, args.bars, unlabeled, r.white)
+
 def _run(args): # source and options
     "scan-nb run: the whole way, from images to a report."
-    from scan_nb.datasets import load_splits
+    from scan_nb.datasets import describe
     from scan_nb.distributed import first_ahead
     from scan_nb.pipeline import SCAN
     r, called = _recipe(args)
-    with first_ahead(): images = load_splits(r.data, r.test_data, r.size, r.channels, args.env, args.bars)
+    with first_ahead(): images = _images(args, r)
     words = Path(args.source).resolve().name, Path(args.recipe or '').stem, 'whole'*args.whole
     name = '-'.join(filter(None, words))
     scan = SCAN(recipe=r, device=args.device, out=args.out or f"runs/{name.replace(' ', '-')}", progress=True)
+    _say(*describe(images), f'Results: {scan.out}')
     scan.fit(next(iter(images.values())), test=images.get('test'), pretext=images.get('pretext'))
     if called and not args.recipe: _say(f"Recipe: {called}; that of {args.source} itself is made for a GPU.")
     _say(f'{scan.recipe_.n_clusters} clusters of {len(scan.labels_):,} images')
@@ -82,7 +88,6 @@ def _run(args): # source and options
 def _find_stage(args, name=None): # its recipe, complete; images; folder of the run; options of `Stage`
     "Recipe, images and folder of a stage. Raises UserError when a file or a setting is wrong."
     from scan_nb.data import UserError
-    from scan_nb.datasets import load_splits
     from scan_nb.distributed import first_ahead
     from scan_nb.recipe_files import PRESETS, load_stages
     from scan_nb.recipes import STAGES, change, complete
@@ -95,8 +100,7 @@ def _find_stage(args, name=None): # its recipe, complete; images; folder of the 
     r = change({found.stage: found}, _settings(args.set))[found.stage]
     if not r.data: raise UserError(f"'{args.config_exp}' names no images: add `--set data=NAME`.")
     more = found.stage == 'pretext'
-    with first_ahead():
-        images = load_splits(r.data, r.test_data, r.size, r.channels, args.env, args.bars, more)
+    with first_ahead(): images = _images(args, r, more)
     r = complete({r.stage: r}, next(iter(images.values())), args.device)[r.stage]
     folder = Path(args.env['root_dir']).expanduser()/Path(r.data).name
     return r, images, folder, dict(device=args.device, say=_say, progress=True)
@@ -105,19 +109,22 @@ def _find_stage(args, name=None): # its recipe, complete; images; folder of the 
 def _stage(args): # of simclr, moco, scan or selflabel
     "scan-nb simclr, moco, scan, selflabel: one stage, from the result of the one before."
     from scan_nb.report import summarize
-    from scan_nb.run_folder import read_run
-    from scan_nb.stages import RUN
+    from scan_nb.run_folder import alone_in, read_run
+    from scan_nb.stages import RUN, Stage
     recipe, images, folder, options = _find_stage(args, args.name)
-    RUN[recipe.stage](recipe, images, getattr(args, 'start', None), folder, **options)
-    summarize(read_run(folder), images, folder, options['device'])
+    stage = Stage(recipe, images, folder, **options)
+    before = None if recipe.stage == 'pretext' else stage.find_start(args.start)
+    with alone_in(folder, 2**24 + stage.room):
+        RUN[recipe.stage](recipe, images, before, folder, **options)
+        summarize(read_run(folder), images, folder, options['device'])
 
 # %% ../nbs/13_cli.ipynb #f341120c
 def _predict(args): # run, files, out, device
     "scan-nb predict: the clusters of new images, as CSV on stdout or in a file."
-    from scan_nb.data import ImageSet, UserError, find_images, read_images
+    from scan_nb.data import ImageSet, UserError, choose_shape, find_images, read_images
     from scan_nb.pipeline import SCAN
-    from scan_nb.report import read_metrics, write_clusters
-    from scan_nb.run_folder import writing
+    from scan_nb.report import read_metrics
+    from scan_nb.run_folder import write_clusters, writing
     files, metrics = [], Path(args.run).expanduser()/'metrics.json'
     for path in map(Path, args.files):
         if not path.exists(): raise UserError(f"There is no file '{path}': check the path.")
@@ -125,14 +132,15 @@ def _predict(args): # run, files, out, device
     scan = SCAN.load(args.run, args.device)
     channels, height, width = scan.shape_
     if height != width: raise UserError(f'The model takes {height}×{width} images, not square files.')
-    images, skipped = read_images(files, height, channels)
+    white = choose_shape(files, height, channels, scan.white_)[2].get('white')
+    images, skipped = read_images(files, height, channels, white=white)
     for path, why in skipped if args.bars else (): print(f"Skipped '{path}': {why}.", file=sys.stderr)
     if not len(images): raise UserError('None of the files can be read as an image.')
     paths, names = [p for p in map(str, files) if p not in dict(skipped)], None
     if metrics.exists(): names = read_metrics(args.run).get('names')
-    text = write_clusters(ImageSet(images, paths=paths), scan.predict_proba(images), names)
-    if not args.out: return _say(text.rstrip('\n'))
-    with writing(Path(args.out)) as f: f.write(text.encode(errors='surrogateescape'))
+    def text(): return write_clusters(ImageSet(images, paths=paths), scan.predict_proba(images), names)
+    if not args.out: return _say(text().rstrip('\n'))
+    with writing(Path(args.out).expanduser()) as f: f.write(text().encode(errors='surrogateescape'))
 
 # %% ../nbs/13_cli.ipynb #6f613298
 def _eval(args): # run and source, or config_exp and model
@@ -147,7 +155,8 @@ def _eval(args): # run and source, or config_exp and model
     if args.source is None: return _say_scores(read_metrics(args.run))
     scan, name = SCAN.load(args.run, args.device), dataset_name(args.source)
     test = name if name != 'digits' else None
-    images = load_splits(args.source, test, scan.recipe_.size, scan.shape_[0], args.env, args.bars, False)
+    shape = scan.recipe_.size, scan.shape_[0]
+    images = load_splits(args.source, test, *shape, args.env, args.bars, False, scan.white_)
     for split, data in images.items():
         _say(f'{split} ({len(data):,} images): {format_scores(scan.scores(data))}')
 
@@ -289,6 +298,8 @@ def main(
     except (ValueError, OSError, FloatingPointError) as e:
         from scan_nb.data import UserError
         if isinstance(e, ValueError) and not isinstance(e, UserError): raise
-        print(f'scan-nb: {e}', file=sys.stderr)
+        file = isinstance(e, OSError) and e.filename
+        said = f"'{file}': {e.strerror}: put that right and run the same command again." if file else e
+        print(f'scan-nb: {said}', file=sys.stderr)
         return 2
     return 0

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'UserError', 'closest', 'ImageSet', 'digits', 'to_uint8', 'image_grid', 'show_images',
-           'decode_image', 'find_images', 'read_images', 'class_labels', 'image_folder', 'as_image_set', 'atomic_write']
+           'image_formats', 'decode_image', 'find_images', 'read_images', 'read_layout', 'class_labels', 'image_folder',
+           'as_image_set', 'atomic_write']
 
 # %% ../nbs/00_data.ipynb #1f92dce0
-import difflib, os
+import difflib, os, re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from uuid import uuid4
 import numpy as np
@@ -22,6 +25,10 @@ from torch import Tensor
 # %% ../nbs/00_data.ipynb #3bdeb873
 class UserError(ValueError):
     "Something the user gave is wrong; the message says in one sentence what, where and what to do."
+    def __init__(self,
+        text: str = '', # of a long one, which holds a long value, only both ends are kept
+    ):
+        super().__init__(text if len(text) < 1000 else f'{text[:600]} … {text[-200:]}')
 
 # %% ../nbs/00_data.ipynb #51a0888b
 def closest(
@@ -50,23 +57,60 @@ def check_images(
     if paths is not None and len(paths) != len(images):
         raise UserError(f'{len(images)} images need {len(images)} paths, not {len(paths)}.')
 
+# %% ../nbs/00_data.ipynb #af3ee808
+def name_label(
+    label: object,   # a word, a number, None …
+) -> str:            # what it is called; empty: unknown
+    "A class by its value."
+    if isinstance(label, np.generic): label = label.item()
+    if isinstance(label, bytes): label = label.decode(errors='replace')
+    if isinstance(label, float) and label.is_integer(): label = int(label)
+    text = str(label).strip()
+    return '' if not isinstance(label, str) and text in ('-1', 'None', 'nan', '<NA>', 'NaT') else text
+
+# %% ../nbs/00_data.ipynb #af3ee807
+def name_labels(
+    labels: list,                       # N of any kind
+    classes: list[str] | None = None,   # names of the classes; None: the distinct values, numbers by size
+) -> tuple:                             # N int64, -1: unknown; names of the classes
+    "Positions in a list of names. Raises `UserError` for one that is not in it, or a label that is a list."
+    if any(isinstance(label, (list, tuple, np.ndarray)) for label in labels):
+        raise UserError('A label must be one value per image, not a list.')
+    names = [name_label(label) for label in labels]
+    def rank(name): return (0, float(name), '') if re.fullmatch(r'-?\d+(\.\d+)?', name) else (1, 0., name)
+    classes = sorted({*names} - {''}, key=rank) if classes is None else classes
+    index = {name: i for i, name in enumerate(classes)} | {'': -1}
+    if missing := {*names} - index.keys(): raise UserError(f"Label '{min(missing)}' is none of the classes.")
+    return torch.tensor([index[name] for name in names], dtype=torch.int64), classes
+
+# %% ../nbs/00_data.ipynb #af3ee80a
+def whole_numbers(
+    labels: Tensor | np.ndarray,   # in one row
+) -> bool:
+    "Are they integers of at most 64 bits?"
+    if isinstance(labels, Tensor): return not (labels.is_floating_point() or labels.is_complex() or
+                                               labels.dtype in (torch.bool, torch.uint64))
+    return all(isinstance(v, int) and type(v) is not bool and abs(v) < 2**63 for v in labels.tolist())
+
 # %% ../nbs/00_data.ipynb #af3ee809
 def check_labels(
-    labels: Tensor | np.ndarray | list | None,  # N whole numbers from 0; -1: unknown
-    n: int,                                     # number of images
-    classes: list[str] | None = None,           # names of the classes, if they have names
-) -> Tensor | None:                             # N int64
-    "Raises `UserError` for labels that are fractional, below -1, too many, too few or without a name."
-    if labels is None: return None
-    labels = torch.as_tensor(labels)
-    if labels.shape != (n,):
+    labels: object,                     # N of any kind; -1, None, NaN and empty texts: unknown
+    n: int,                             # number of images
+    classes: list[str] | None = None,   # names of the classes, if they have names
+) -> tuple:                             # N int64 and the names of the classes, if they have names
+    "Small whole numbers stay; else distinct values are the classes. Raises `UserError` (number, no name)."
+    if labels is None: return None, classes
+    if not isinstance(labels, (Tensor, np.ndarray)): labels = np.array(labels, object)
+    if tuple(labels.shape) != (n,):
         raise UserError(f'{n} images need {n} labels in one row, not the shape {tuple(labels.shape)}.')
-    if n and labels.is_floating_point(): raise UserError(f'Labels must be whole numbers, not {labels.dtype}.')
-    low, high = (int(labels.min()), int(labels.max())) if n else (0, -1)
-    if low < -1: raise UserError(f'Labels count from 0, with -1 for unknown, but one of them is {low}.')
-    if classes is not None and high >= len(classes):
-        raise UserError(f'Label {high} has no name: there are only {len(classes)} names, counted from 0.')
-    return labels.long()
+    if whole_numbers(labels):
+        x = labels if isinstance(labels, Tensor) else torch.from_numpy(labels.astype(np.int64))
+        low, high = (int(x.min()), int(x.max())) if n else (0, -1)
+        if classes is not None and high >= len(classes):
+            raise UserError(f'Label {high} has no name: there are only {len(classes)} names, from 0.')
+        if low >= -1 and (classes is not None or high < 1000): return x.long(), classes
+        if low >= -1 and high < n: return x.long(), [str(i) for i in range(high + 1)]
+    return name_labels(labels.tolist(), classes)
 
 # %% ../nbs/00_data.ipynb #4d7644aa
 def check_times(
@@ -93,14 +137,17 @@ def check_times(
 class ImageSet:
     "Images as one tensor, with what else is known about them; slices like a tensor."
     images: Tensor                     # N×C×H×W uint8, C 1 or 3; may be a memory-mapped file
-    labels: Tensor | None = None       # N int64, counted from 0, -1 unknown; not for training
+    labels: Tensor | None = None       # N of any kind, kept as int64: from 0, -1 unknown; not for training
     classes: list[str] | None = None   # names of the classes
     paths: list[str] | None = None     # N paths relative to the folder, if the images came from files
     skipped: list[tuple[str, str]] = field(default_factory=list)   # (path, reason) of unreadable files
     times: Tensor | None = None        # N float64, seconds since 1970 (UTC)
+    facts: dict = field(default_factory=dict)  # of files: kinds, sides (shortest, longest), outside (share of
+    # the pictures beside their middle square), frames and stacks (how many left out), others (not read),
+    # labels and splits (whence they are); of more than 8 bits: white, the value that became 255
     def __post_init__(self):
         check_images(self.images, self.paths)
-        self.labels = check_labels(self.labels, len(self), self.classes)
+        self.labels, self.classes = check_labels(self.labels, len(self), self.classes)
         self.times = check_times(self.times, len(self))
     def __len__(self): return len(self.images)
     def __getitem__(self, index):
@@ -140,12 +187,13 @@ def digits() -> ImageSet:   # 1797 images of 1×8×8, 10 classes
 
 # %% ../nbs/00_data.ipynb #8331dca7
 def to_uint8(
-    x: Tensor,   # N×…, uint8 or float in [0, 1]
-) -> Tensor:     # same shape, uint8; a float is multiplied by 255 and rounded
-    "Raises `UserError` for another dtype, a NaN or infinite value, or one clearly outside [0, 1]."
+    x: Tensor,         # N×…, numbers
+    white: float = 1,  # of these is 255; 0 is black; bytes are taken as they are
+) -> Tensor:           # same shape, uint8, rounded
+    "Raises `UserError` for numbers that are complex, NaN, infinite or clearly outside of 0 to `white`."
     if x.dtype == torch.uint8: return x
-    if not x.is_floating_point():
-        raise UserError(f'Images of type {x.dtype} are not understood: give uint8 (0–255) or float (0–1).')
+    if x.is_complex():
+        raise UserError(f'Images of type {x.dtype} are not understood: give real numbers.')
     out = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     for start in range(0, len(x), 1024):   # a part at a time, which needs little memory
         part = x[start:start+1024].detach().float()
@@ -154,10 +202,10 @@ def to_uint8(
             first = start + int((~finite).nonzero()[0])
             raise UserError(f'Image {first} holds NaN or infinity: leave it out or repair it.')
         low, high = part.min(), part.max()
-        if low < -1e-6 or high > 1 + 1e-6:   # more than rounding explains
-            raise UserError(f'Float images must lie in [0, 1], but these go from {low:g} to {high:g}: '
-                            'rescale.')
-        out[start:start+1024] = (part*255).round()
+        if low < -1e-6*white or high > white*(1 + 1e-6):   # more than rounding explains
+            raise UserError(f'Images must lie between 0 and {white:g}, but these go from {low:g} to '
+                            f'{high:g}: rescale.')
+        out[start:start+1024] = (part*(255/white)).round()
     return out
 
 # %% ../nbs/00_data.ipynb #fa3a29a5
@@ -193,7 +241,7 @@ def show_images(
     ax.imshow(grid, interpolation='nearest' if ax.get_window_extent().width >= grid.shape[1] else 'auto')
     for i, text in enumerate([] if titles is None else titles):   # in the gap above the image
         top, left = ((k + 1)*g + k*s for k, g, s in zip(divmod(i, columns), gap, (h, w)))
-        ax.text(left + w/2 - .5, top - 1, str(text), ha='center', va='bottom')
+        ax.text(left + w/2 - .5, top - 1, str(text), ha='center', va='bottom', parse_math=False)
     ax.set_axis_off()
     return ax
 
@@ -219,9 +267,35 @@ def array_to_tensor(
         array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder('='))
         return torch.from_numpy(array if array.flags.writeable else array.copy())
     except TypeError:
-        raise UserError(f'An array of type {array.dtype} holds no images: give uint8 or float.') from None
+        raise UserError(f'An array of type {array.dtype} holds no images: give numbers.') from None
+
+# %% ../nbs/00_data.ipynb #3f5a1e20
+WHITES = 1, 16, 255, 1023, 4095, 16383, 65535   # floats, and counts of 4, 8, 10, 12, 14 and 16 bits
+
+def find_white(
+    high: float,   # the highest value of a whole set of images
+) -> float:        # what white is there; 1, which then fits them not, for values a little above 1
+    "The next step of `WHITES`."
+    if 1 < high < 2: return 1
+    return next((w for w in WHITES if high <= w), WHITES[-1])
+
+def numbers_to_set(
+    x: Tensor,             # N×C×H×W, numbers
+    white: float | None,   # the value that becomes 255, except in bytes; None: by the highest value
+) -> ImageSet:
+    "Raises `UserError` where `to_uint8` does."
+    if x.dtype == torch.uint8: return ImageSet(x)
+    high = 0 if x.is_complex() else max(float(part.detach().float().max()) for part in x.split(1024))
+    white = white or find_white(high)
+    return ImageSet(to_uint8(x, white), facts=dict(white=white))
 
 # %% ../nbs/00_data.ipynb #97fa691e
+def is_deep(
+    image: Image.Image,   # opened
+) -> bool:                # has it more than 8 bits?
+    "Judged by the mode."
+    return image.mode in ('I', 'F') or image.mode.startswith('I;16')
+
 def is_gray(
     image: Image.Image,   # opened, perhaps not decoded
 ) -> bool:                # judged by mode and palette, not by the pixels
@@ -229,55 +303,75 @@ def is_gray(
     if image.mode == 'P':
         palette = np.reshape(image.getpalette('RGB'), (-1, 3))
         return bool((palette == palette[:, :1]).all())
-    return image.mode in ('1', 'L', 'LA', 'La', 'I', 'F') or image.mode.startswith('I;16')
+    return image.mode in ('1', 'L', 'LA', 'La') or is_deep(image)
 
 # %% ../nbs/00_data.ipynb #2653d5a7
 def to_8bit(
-    image: Image.Image,   # modes I;16*, I (16-bit values) or F (values in [0, 1])
-) -> Image.Image:         # mode L
-    "Scale 0…65535, or a float's 0…1, to 0…255. Raises `ValueError` for values beyond."
+    image: Image.Image,    # modes I;16*, I or F
+    white: float | None,   # the value that becomes 255; None: 65535, of floats 1
+) -> Image.Image:          # mode L
+    "Raises `ValueError` for values beyond."
     x = np.asarray(image).astype(np.float32)
-    top = 1 if image.mode == 'F' else 65535
-    if not (x.min() >= 0 and x.max() <= top):
-        raise ValueError(f'values from {x.min():g} to {x.max():g}, where 0 to {top} is understood')
+    top = white or (1 if image.mode == 'F' else 65535)
+    if not (x.min() >= 0 and x.max() <= top*(1 + 1e-6)):
+        raise ValueError(f'values from {x.min():g} to {x.max():g}, where 0 to {top:g} is understood')
     return Image.fromarray((x*(255/top)).round().astype(np.uint8))
 
 # %% ../nbs/00_data.ipynb #8674fba1
 def upright_8bit(
-    image: Image.Image,   # any mode
-) -> Image.Image:         # mode L or RGB, turned upright by its EXIF tag
+    image: Image.Image,    # any mode
+    white: float | None,   # see `to_8bit`
+) -> Image.Image:          # mode L or RGB, turned upright by its EXIF tag
     "Decode to 8-bit gray or color; transparent parts show white, as on a page."
     gray = is_gray(image)
     image = ImageOps.exif_transpose(image)
-    if image.mode in ('I', 'F') or image.mode.startswith('I;16'): return to_8bit(image)
+    if is_deep(image): return to_8bit(image, white)
     if image.has_transparency_data:
         image = image.convert('RGBA')
+        if not image.getchannel('A').getextrema()[1]: raise ValueError('fully transparent')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     return image.convert('L' if gray else 'RGB')
+
+# %% ../nbs/00_data.ipynb #b06e7d65
+IMAGE_SUFFIXES = {'.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.bmp', '.gif', '.tif', '.tiff', '.webp',
+                  '.pgm', '.ppm', '.pbm', '.pnm', '.jp2', '.avif'}
+
+@cache
+def image_formats() -> list[str]: # Pillow's names of these, as far as it can read them
+    "No file of another format is ever opened."
+    Image.init()
+    known = 'PNG', 'JPEG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM', 'JPEG2000', 'AVIF'
+    return [name for name in known if name in Image.OPEN]
 
 # %% ../nbs/00_data.ipynb #0d893d7f
 def decode_image(
     file: str | Path,  # an image file
     size: int,         # side of the result in pixels
     channels: int,     # 1 or 3
+    white: float | None = None,   # of more than 8 bits, the value that becomes 255; None: 65535, of floats 1
 ) -> np.ndarray:       # channels×size×size uint8
     "One file, shorter side resized to `size` with antialiasing, center cropped. Raises what Pillow raises."
-    with Image.open(file) as image:
+    with Image.open(file, formats=image_formats()) as image:
         image.draft(None, (4*size, 4*size))   # JPEG: skip detail that shrinking would remove
-        image = upright_8bit(image)
+        image = upright_8bit(image, white)
     image = image.convert('L' if channels == 1 else 'RGB')
     side = min(image.size)
     left, top = (image.width - side)//2, (image.height - side)//2
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
-# %% ../nbs/00_data.ipynb #b06e7d65
-IMAGE_SUFFIXES = {'.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.bmp', '.gif', '.tif', '.tiff', '.webp',
-                  '.pgm', '.ppm', '.pbm', '.pnm', '.jp2', '.avif'}
+# %% ../nbs/00_data.ipynb #95d3573b
+def is_run(
+    folder: Path,       # to look at
+    subfolders: list,   # names of what is in it
+) -> bool:
+    "Does it hold the results of a run (notebook 11b)? Their pictures are no data."
+    stages = {'pretext': 'pretext/*', 'scan': 'scan', 'selflabel': 'selflabel'}
+    return any(any(folder.glob(f'{stages[s]}/stage.json')) for s in stages.keys() & {*subfolders})
 
 # %% ../nbs/00_data.ipynb #95d3573a
 def find_images(
-    folder: str | Path,   # searched with all its subfolders, hidden names left out
+    folder: str | Path,   # searched with all its subfolders but hidden ones and those of runs
 ) -> list[Path]:          # sorted by their path inside the folder
     "All files with the suffix of an image. Raises `UserError` when there is none, or a folder is closed."
     folder = Path(folder).expanduser()
@@ -289,6 +383,7 @@ def find_images(
     files, seen = [], set()
     for top, subfolders, names in os.walk(folder, onerror=stop, followlinks=True):
         real = os.path.realpath(top)
+        if is_run(Path(top), subfolders): names, subfolders[:] = [], []
         subfolders[:] = sorted(s for s in subfolders if s[0] != '.' and real not in seen)
         if real not in seen: files += [Path(top, n) for n in names if is_image(n)]
         seen.add(real)
@@ -299,28 +394,27 @@ def find_images(
 # %% ../nbs/00_data.ipynb #637fb241
 def try_decode(
     file: str | Path,  # an image file, perhaps a damaged one
-    size: int,         # side of the result in pixels
-    channels: int,     # 1 or 3
+    *how: object,      # size, channels and white, see there
 ) -> np.ndarray | str: # the image, or the reason why there is none
     "`decode_image`, which never fails: whatever a damaged file makes Pillow raise becomes a reason."
-    try: return decode_image(file, size, channels)
+    try: return decode_image(file, *how)
     except UnidentifiedImageError: return 'not an image' if os.path.getsize(file) else 'an empty file'
     except OSError as e: return (e.strerror or str(e)).lower()
+    except ValueError as e: return str(e)
     except Exception as e: return f'{type(e).__name__}: {e}'
 
 # %% ../nbs/00_data.ipynb #f8d83911
 def decode_files(
     files: list,             # image files
-    size: int,               # side of the result in pixels
-    channels: int,           # 1 or 3
+    *how: object,            # size, channels and white, see `decode_image`
     progress: bool = False,  # show a bar
 ) -> Iterator:               # in order, an image or the reason why there is none
     "Decode in threads, a block of files at a time, so that memory stays small."
     from tqdm import tqdm
-    Image.preinit()
+    image_formats()
     with ThreadPoolExecutor() as pool, tqdm(total=len(files), desc='images', disable=not progress) as bar:
         for start in range(0, len(files), 1024):
-            for found in pool.map(lambda f: try_decode(f, size, channels), files[start:start+1024]):
+            for found in pool.map(lambda f: try_decode(f, *how), files[start:start+1024]):
                 yield found
                 bar.update()
 
@@ -341,44 +435,86 @@ def read_images(
     size: int,               # side of the result in pixels
     channels: int,           # 1 or 3
     progress: bool = False,  # show a bar
+    white: float | None = None,  # see `decode_image`
 ) -> tuple[Tensor, list]:    # M×channels×size×size uint8; (path, reason) of the files skipped
     "Read files into memory, in their order; skip what cannot be read. Raises `UserError` (wrong size)."
     check_size(size, channels)
     images, skipped = np.empty((len(files), channels, size, size), np.uint8), []
-    for i, found in enumerate(decode_files(files, size, channels, progress)):
+    for i, found in enumerate(decode_files(files, size, channels, white, progress=progress)):
         if isinstance(found, str): skipped.append((str(files[i]), found))
         else: images[i - len(skipped)] = found
     return torch.from_numpy(images[:len(files) - len(skipped)]), skipped
+
+# %% ../nbs/00_data.ipynb #894879be
+def peek(
+    file: str | Path,   # an image file
+) -> tuple | None:      # width, height, is it gray, frames or pages, highest value or 0; None: not readable
+    "What the head of a file says, and of more than 8 bits the pixels."
+    try:
+        with Image.open(file, formats=image_formats()) as image:
+            frames, high = getattr(image, 'n_frames', 1), np.asarray(image).max() if is_deep(image) else 0
+            return *image.size, is_gray(image), frames, high if 0 < high <= 65535 else 0
+    except Exception: return None
+
+def only_gray(
+    file: str | Path,   # an image file
+) -> bool:
+    "Are the three channels equal in every pixel? Or can it not be read?"
+    try:
+        with Image.open(file, formats=image_formats()) as image:
+            image.draft(None, (256, 256))
+            return bool((np.ptp(np.asarray(image.convert('RGB')), -1) == 0).all())
+    except Exception: return True
 
 # %% ../nbs/00_data.ipynb #894879bf
 def choose_shape(
     files: list,                  # image files
     size: int | None = None,      # None: the median of their shorter sides, at most 96
     channels: int | None = None,  # None: 1 if all are gray, else 3
-) -> tuple[int, int]:             # size, channels
-    "One shape for all files, from no more than their heads. Raises `UserError` (wrong size)."
+    white: float | None = None,   # of more than 8 bits; None: by the highest value
+) -> tuple[int, int, dict]:       # size, channels, and what the files are, see `ImageSet`
+    "One shape for all files. Raises `UserError` (wrong size)."
     check_size(size, channels)
-    if size and channels: return size, channels
-    def peek(file):
-        try:
-            with Image.open(file) as image: return min(image.size), is_gray(image)
-        except Exception: return None
     with ThreadPoolExecutor() as pool: heads = [h for h in pool.map(peek, files) if h]
-    if not heads: return size or 1, channels or 1
-    median = int(np.median([side for side, _ in heads]))
-    return size or min(median, 96), channels or (1 if all(gray for _, gray in heads) else 3)
+    if not heads: return size or 1, channels or 1, {}
+    widths, heights, gray, frames, high = (np.array(x) for x in zip(*heads))
+    short, long = np.minimum(widths, heights), np.maximum(widths, heights)
+    facts = dict(sides=[int(short.min()), int(long.max())], outside=float((1 - short/long).mean()),
+                 frames=int((frames - 1).sum()), stacks=int((frames > 1).sum()))
+    if high.any(): facts['white'] = white or find_white(float(high.max()))
+    for file in files: facts.setdefault('kinds', Counter())[Path(file).suffix.lower()] += 1
+    with ThreadPoolExecutor() as pool:
+        parts = (files[i:i+64] for i in range(0, len(files), 64))
+        one = gray.all() or not channels and all(all(pool.map(only_gray, part)) for part in parts)
+    channels = channels or (1 if one else 3)
+    return size or min(int(np.median(short)), 96), channels, facts
+
+# %% ../nbs/00_data.ipynb #19fcc00c
+_SPLITS = {'train': 'train', 'training': 'train', 'test': 'test', 'testing': 'test', 'val': 'test',
+          'valid': 'test', 'validation': 'test'}   # name of a folder -> what it is for
+
+def read_layout(
+    paths: list[str],   # relative to the folder, with `/`
+) -> tuple:             # class of each, None: none; split of each, 'train' or 'test', or None for all
+    "What subfolders mean: [wrapper/][train/]class/… or class/train/…, the splits perhaps by other names."
+    folders = [p.split('/')[:-1] for p in paths]
+    while all(len(f) > 1 for f in folders) and len({f[0] for f in folders}) == 1:
+        folders = [f[1:] for f in folders]   # one folder around all
+    for at in (0, 1):
+        names = [f[at].lower() if len(f) > at else '' for f in folders]
+        if len(found := {_SPLITS.get(name) for name in names}) < 2 or None in found: continue
+        folders = [f[:at] + f[at+1:] for f in folders]
+        return [f[0] if f else None for f in folders], [_SPLITS[name] for name in names]
+    return [f[0] if f else None for f in folders], None
 
 # %% ../nbs/00_data.ipynb #19fcc00d
 def class_labels(
     paths: list[str],            # relative to the folder, with `/`
     labels: bool | None = None,  # None: if there are any; True: they must be there; False: never
 ) -> tuple:                      # N int64 and the names of the classes, or None and None
-    "The top subfolders as classes, when every image lies in one of at least two. Raises `UserError` (True)."
-    tops = [p.split('/')[0] if '/' in p else None for p in paths]
-    classes = sorted(set(tops) - {None})
-    if labels is not False and None not in tops and len(classes) > 1:
-        index = {c: i for i, c in enumerate(classes)}
-        return torch.tensor([index[t] for t in tops]), classes
+    "Subfolders as classes, when every image lies in one of at least two. Raises `UserError` (True)."
+    names = read_layout(paths)[0]
+    if labels is not False and None not in names and len({*names}) > 1: return name_labels(names)
     if labels: raise UserError('Labels need at least two subfolders and no image outside of them.')
     return None, None
 
@@ -404,13 +540,16 @@ def image_folder(
     channels: int | None = None,  # 1 or 3; None: 1 if all files are gray, else 3
     labels: bool | None = None,   # subfolders as classes: None if there are any, True they must, False never
     progress: bool = False,       # show a bar while decoding
+    white: float | None = None,   # see `decode_image`; None: by the highest value of all
 ) -> ImageSet:                    # sorted by path
     "All images of a folder, decoded into memory. Raises `UserError` (no image, wrong size, no labels)."
     files, folder = find_images(folder), Path(folder).expanduser()
-    images, skipped = read_images(files, *choose_shape(files, size, channels), progress)
+    *shape, facts = choose_shape(files, size, channels, white)
+    images, skipped = read_images(files, *shape, progress, facts.get('white'))
     data = name_images(images, folder, files, skipped)
     y, classes = class_labels(data.paths, labels)
-    return replace(data, labels=y, classes=classes)
+    facts |= {} if y is None else dict(labels='the subfolders')
+    return replace(data, labels=y, classes=classes, facts=facts)
 
 # %% ../nbs/00_data.ipynb #f4b41faf
 def as_image_set(
@@ -418,11 +557,12 @@ def as_image_set(
     size: int | None = None,      # side in pixels: a folder is resized to it, others must have it
     channels: int | None = None,  # 1 or 3: a folder is converted to it, others must have it
     progress: bool = False,       # show a bar while a folder is decoded
+    white: float | None = None,   # see `to_uint8` and `decode_image`; None: by the highest value
 ) -> ImageSet:                    # an ImageSet comes back as it is
     "Whatever holds images as an `ImageSet`. Raises `UserError` when it holds none, or of another shape."
-    if isinstance(source, (str, Path)): return image_folder(source, size, channels, progress=progress)
+    if isinstance(source, (str, Path)): return image_folder(source, size, channels, None, progress, white)
     if isinstance(source, np.ndarray): source = array_to_tensor(source)
-    if isinstance(source, Tensor): source = ImageSet(to_uint8(to_nchw(source)))
+    if isinstance(source, Tensor): source = numbers_to_set(to_nchw(source), white)
     if not isinstance(source, ImageSet):
         raise UserError(f'Images come as folder, array, tensor or ImageSet, not as {type(source).__name__}.')
     check_size(size, channels)
@@ -449,6 +589,6 @@ def atomic_write(
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
-        if e.filename == str(part): e.filename = str(path)   # the name that was asked for
+        if e.filename in (None, str(part)): e.filename = str(path)   # the name that was asked for
         raise
     finally: part.unlink(missing_ok=True)

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['FASHION_CLASSES', 'DEBIAN_FASHION', 'AURORA', 'DATASETS', 'cache_dir', 'parse_time', 'image_folder', 'split_by_day',
            'as_image_set', 'fashion_mnist', 'cifar10', 'cifar100', 'cifar20', 'stl10', 'imagenet_subset',
-           'synthetic_aurora', 'dataset_name', 'open_images', 'load_splits', 'fingerprint_images']
+           'synthetic_aurora', 'dataset_name', 'open_images', 'share_classes', 'load_splits', 'describe',
+           'fingerprint_images']
 
 # %% ../nbs/00a_datasets.ipynb #6451692c
+from collections import Counter
 import codecs, csv, gzip, hashlib, json, math, os, pickle, re, zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from . import data as lesson
-from .data import ImageSet, UserError, atomic_write, class_labels, closest, digits, find_images
+from .data import (ImageSet, UserError, atomic_write, class_labels, closest, digits, find_images,
+                          read_layout)
 from .data import check_size, check_times, choose_shape, decode_files, name_images
 
 # %% ../nbs/00a_datasets.ipynb #49771951
@@ -48,6 +51,7 @@ def write_cache(
     n: int,                  # number of images, readable or not
     shape: tuple,            # of one image
     images: Iterator,        # in order, an image or the reason why there is none
+    facts: dict,             # of the files, see `ImageSet`
 ) -> None:
     "One array on disk, written image by image; zeros at its end stand for the files skipped."
     shape, skipped = (n, *shape), []
@@ -57,27 +61,28 @@ def write_cache(
             if isinstance(found, str): skipped.append((i, found))
             else: f.write(found.tobytes())
         for _ in skipped: f.write(bytes(int(np.prod(shape[1:]))))
-    with atomic_write(file.with_suffix('.json')) as f: f.write(json.dumps(skipped).encode())
+    with atomic_write(file.with_suffix('.json')) as f: f.write(json.dumps([skipped, facts]).encode())
 
 # %% ../nbs/00a_datasets.ipynb #8caf43ee
 def read_cache(
     file: Path,         # the .npy
     n: int,             # number of images, readable or not
-) -> tuple | None:      # images (a memory map; writing to it never reaches the file) and [(i, reason)]
+) -> tuple | None:      # images (a memory map; writing to it never reaches the file), [(i, reason)], facts
     "What `write_cache` wrote; None when it is missing or damaged."
     try:
         images = np.load(file, mmap_mode='c')
-        skipped = [(int(i), str(why)) for i, why in json.loads(file.with_suffix('.json').read_text())]
+        skipped, facts = json.loads(file.with_suffix('.json').read_text())
+        skipped = [(int(i), str(why)) for i, why in skipped]
     except (OSError, ValueError, TypeError, EOFError): return None
     if len(images) != n: return None
-    return torch.from_numpy(images[:n - len(skipped)]), skipped
+    return torch.from_numpy(images[:n - len(skipped)]), skipped, dict(facts)
 
 # %% ../nbs/00a_datasets.ipynb #2327dd05
 def decode_once(
     file: Path,        # the .npy in the cache
     n: int,            # number of images, readable or not
-    source: Callable,  # gives the last two arguments of `write_cache`; called only if need be
-) -> tuple:            # images and [(i, reason)]
+    source: Callable,  # gives the last three arguments of `write_cache`; called only if need be
+) -> tuple:            # images, [(i, reason)] and facts
     "Images from the cache, which is filled first if need be. Raises `UserError` (cannot write)."
     if found := read_cache(file, n): return found
     try:
@@ -87,23 +92,41 @@ def decode_once(
         raise UserError(f"The cache '{file.parent}' cannot be written ({e.strerror}): choose another.") from e
     return read_cache(file, n)
 
+# %% ../nbs/00a_datasets.ipynb #00aa0010
+PICTURES = {'.heic', '.heif', '.svg', '.psd', '.eps', '.tga', '.ico', '.dcm', '.fits', '.exr', '.hdr', '.jxl',
+            '.dng', '.cr2', '.nef', '.arw', '.npy', '.npz', '.mat', '.czi', '.nd2', '.lif'}   # not read
+
+def _not_looked_at(folder):
+    "Pictures of other kinds, by ending."
+    names = (name for _, _, names in os.walk(folder) for name in names)
+    found = Counter(s for name in names if (s := Path(name).suffix.lower()) in PICTURES)
+    return dict(found.most_common())
+
 # %% ../nbs/00a_datasets.ipynb #496bfef8
 def read_folder(
     folder: Path,          # the folder
-    files: list,           # its images, or some of them
-    size: int | None,      # side in pixels, or None
-    channels: int | None,  # 1, 3 or None
+    files: list,           # its images
+    chosen: list,          # those of them to read; all of them decide on what is None
+    shape: tuple,          # size, channels and white, see `choose_shape`, or None
     cache: Path,           # folder for the decoded images
     progress: bool,        # show a bar while decoding
 ) -> ImageSet:             # what can be read, with paths and without labels
     "Files as a set. Raises `UserError` (no image that can be read, wrong size, cannot write)."
-    check_size(size, channels)
+    check_size(*shape[:2])
     def source():
-        side, c = choose_shape(files, size, channels)
-        return (c, side, side), decode_files(files, side, c, progress)
-    file = cache/f'images-{fingerprint(folder, files, size, channels)}.npy'
-    images, bad = decode_once(file, len(files), source)
-    return name_images(images, folder, files, [(files[i], why) for i, why in bad])
+        side, c, facts = choose_shape(files, *shape)
+        facts['others'] = _not_looked_at(folder)
+        return (c, side, side), unchanged(side, c, facts.get('white')), facts
+    def unchanged(*how):
+        yield from decode_files(chosen, *how, progress=progress)
+        if name() != file.stem: raise UserError(f"'{folder}' changed while it was read: run again.")
+    def name():
+        some = () if len(chosen) == len(files) else (fingerprint(folder, chosen),)
+        return f'images-{fingerprint(folder, files, *shape, *some)}'
+    file = cache/f'{name()}.npy'
+    images, bad, facts = decode_once(file, len(chosen), source)
+    data = name_images(images, folder, chosen, [(chosen[i], why) for i, why in bad])
+    return replace(data, facts=facts)
 
 # %% ../nbs/00a_datasets.ipynb #41e9b273
 CSV_COLUMNS = {'path': ('path', 'file', 'filename', 'image', 'name'), 'label': ('label', 'class', 'y'),
@@ -186,14 +209,18 @@ def choose_split(
     split: str | list | None,   # the one wanted, or several
     splits: str | Path | None,  # a CSV with a column of splits
 ) -> list:                      # the names in it
-    "The images of a split. Raises `UserError` when there is no table, or no such split in it."
-    if splits is None: raise UserError(f'The split {split!r} needs a table: give `splits`, a CSV.')
-    text, wanted = match_rows(splits, 'split', names), split if isinstance(split, (list, tuple)) else [split]
+    "The images of a split. Raises `UserError` when neither a table nor folders tell, or there is none."
+    folders = read_layout(names)[1] if splits is None else None
+    if splits is None and folders is None:
+        raise UserError(f'The split {split!r} needs a table: give `splits`, a CSV.')
+    text = dict(zip(names, folders)) if folders else match_rows(splits, 'split', names)
+    wanted = split if isinstance(split, (list, tuple)) else [split]
     chosen = [n for n in names if n in text and text[n] in wanted]
     if not chosen:
         have = ', '.join(sorted(set(text.values()) - {''}))
         asked = ' or '.join(map(repr, wanted))
-        raise UserError(f"'{splits}' has no image of the split {asked}, only of: {have}.")
+        where = f"'{splits}'" if splits else 'The folder'
+        raise UserError(f'{where} has no image of the split {asked}, only of: {have}.')
     return chosen
 
 # %% ../nbs/00a_datasets.ipynb #7ed0f694
@@ -249,6 +276,11 @@ def folder_labels(
     y, classes = class_labels(readable, labels)
     return None if y is None else dict(zip(readable, y.tolist())), classes
 
+# %% ../nbs/00a_datasets.ipynb #eca0e6a6
+def _whence(table, there, what): # a CSV or None; are there labels, or splits?
+    "Where they were found, in words."
+    return {what: f"'{table}'" if table else 'the subfolders'} if there else {}
+
 # %% ../nbs/00a_datasets.ipynb #eabb84cf
 def image_folder(
     folder: str | Path,               # images at any depth; hidden names and other files are left out
@@ -260,19 +292,21 @@ def image_folder(
     split: str | list | None = None,  # only the images of this split (or these), as the CSV calls it
     splits: str | Path | None = None, # a CSV of splits; None: the CSV of the labels
     times: str | Path | None = None,  # 'names': from the file names; or a CSV
+    white: float | None = None,       # see `decode_image`; None: by the highest value of all
 ) -> ImageSet:                        # sorted by path; label -1 where the CSV has none
     "A folder, decoded once into a memory-mapped file. Raises `UserError` (no image, no cache, wrong CSV)."
     folder = Path(folder).expanduser()
     files = {f.relative_to(folder).as_posix(): f for f in find_images(folder)}
-    names, table = list(files), None if isinstance(labels, bool) else labels
-    whole = split is None and splits is None
+    names, table, whole = [*files], None if isinstance(labels, bool) else labels, split is splits is None
     chosen = names if whole else choose_split(names, split, table if splits is None else splits)
     label_of = None if table is None else csv_labels(table, names)   # before decoding, which takes long
     time_of = None if times is None else read_times(times, names, chosen)
-    data = read_folder(folder, [files[n] for n in chosen], size, channels, cache_dir(cache), progress)
+    some = [files[n] for n in chosen]
+    data = read_folder(folder, [*files.values()], some, (size, channels, white), cache_dir(cache), progress)
     y, classes = label_of or folder_labels(names, labels, data.skipped)
     y, t = ([of[p] for p in data.paths] if of else None for of in (y, time_of))
-    return replace(data, labels=y, classes=classes, times=t)
+    told = _whence(y and table, y, 'labels') | _whence(splits or table, not whole, 'splits')
+    return replace(data, labels=y, classes=classes, times=t, facts=data.facts | told)
 
 # %% ../nbs/00a_datasets.ipynb #de90f8b3
 def split_by_day(
@@ -299,10 +333,12 @@ def as_image_set(
     channels: int | None = None,      # 1 or 3: a folder is converted to it, others must have it
     cache: str | Path | None = None,  # folder for the decoded images of a folder
     progress: bool = False,           # show a bar while a folder is decoded
+    white: float | None = None,       # see `to_uint8` and `decode_image`; None: by the highest value
 ) -> ImageSet:                        # an ImageSet comes back as it is
     "Whatever holds images as an `ImageSet`. Raises `UserError` when it does not hold images."
-    if isinstance(source, (str, Path)): return image_folder(source, size, channels, cache, progress=progress)
-    return lesson.as_image_set(source, size, channels)
+    if isinstance(source, (str, Path)):
+        return image_folder(source, size, channels, cache, progress=progress, white=white)
+    return lesson.as_image_set(source, size, channels, white=white)
 
 # %% ../nbs/00a_datasets.ipynb #25b32395
 def damaged(
@@ -498,7 +534,7 @@ def stl10(
     images, labels = zip(*(read_stl(folder, p) for p in parts))
     file = cache_dir(cache)/f'stl10-{fingerprint(folder, [folder/f for f in files])}.npy'
     rows = (image for part in images for image in part)
-    turned, _ = decode_once(file, sum(map(len, images)), lambda: ((3, 96, 96), rows))
+    turned, *_ = decode_once(file, sum(map(len, images)), lambda: ((3, 96, 96), rows, {}))
     classes = (folder/STL10.class_names_file).read_text().split()
     return ImageSet(turned, np.concatenate(labels), classes)
 
@@ -545,7 +581,7 @@ def imagenet_subset(
     folder, parts = (root, ['train', 'val']) if split == 'all' else (root/split, ['.'])
     names = [choose_classes(classes, folder/part) for part in parts][0]
     files = [f for part in parts for name in names for f in find_images(folder/part/name)]
-    data = read_folder(folder, files, size, 3, cache_dir(cache), progress)
+    data = read_folder(folder, files, files, (size, 3, None), cache_dir(cache), progress)
     index = {name: i for i, name in enumerate(names)}
     labels = [index[p.split('/')[len(parts) - 1]] for p in data.paths]
     return replace(data, labels=labels, classes=list(names.values()))
@@ -749,13 +785,15 @@ def _open_imagenet(name, part, size, channels, place, progress):
 
 # %% ../nbs/00a_datasets.ipynb #131f982b
 def _open_folder(name, part, size, channels, place, progress):
-    "A user's own folder: all of it is for training, unless a CSV of splits says otherwise."
-    place, split = dict(place), None
-    if place.get('splits'): split = {'test': 'test', 'all': ['train', 'test']}.get(part, 'train')
-    elif part == 'test': return None
-    folder, known = place.pop('root', None) or name, {'labels', 'splits', 'times', 'cache'}
+    "A user's own folder: all of it is for training, unless a CSV of splits or its subfolders say otherwise."
+    place, split, known = dict(place), None, {'labels', 'splits', 'times', 'cache', 'white'}
+    folder = Path(place.pop('root', None) or name).expanduser()
     if unknown := place.keys() - known:
         raise UserError(f"'{min(unknown)}' is no setting of {name}: give root, {', '.join(sorted(known))}.")
+    if place.get('splits'): split = {'test': 'test', 'all': ['train', 'test']}.get(part, 'train')
+    elif part != 'all' and read_layout([f.relative_to(folder).as_posix() for f in find_images(folder)])[1]:
+        split = 'test' if part == 'test' else 'train'
+    elif part == 'test': return None
     return image_folder(folder, size, channels, split=split, progress=progress, **place)
 
 # %% ../nbs/00a_datasets.ipynb #f795b07e
@@ -807,6 +845,22 @@ def open_images(
     load = DATASETS[name] if name else partial(_open_imagenet if other else _open_folder, str(source))
     return load(part, size, channels, place, progress)
 
+# %% ../nbs/00a_datasets.ipynb #c853c9a0
+def share_classes(
+    splits: dict[str, ImageSet],   # split -> images
+) -> dict[str, ImageSet]:          # with one list of classes: those of the first, then what others add
+    "The same label means the same class in all of them."
+    known = [s for s in splits.values() if s.labels is not None]
+    def names(s): return s.classes or [str(i) for i in range(s.n_classes)]
+    if len({tuple(s.classes or ()) for s in known}) < 2: return splits
+    index = {name: i for i, name in enumerate(dict.fromkeys(n for s in known for n in names(s)))}
+    def shared(s): return torch.tensor([*(index[n] for n in names(s)), -1])[s.labels.cpu()]
+    return {k: s if s.labels is None else replace(s, labels=shared(s), classes=[*index])
+            for k, s in splits.items()}
+
+# %% ../nbs/00a_datasets.ipynb #068523de
+def _white(name, white): return dict(white=white) if white and not dataset_name(name) else {}
+
 # %% ../nbs/00a_datasets.ipynb #00aa0002
 def load_splits(
     name: str,                      # of a data set, or a folder
@@ -816,17 +870,67 @@ def load_splits(
     env: dict | None = None,        # its 'data' says where data sets are: name -> place, as for `open_images`
     progress: bool = False,         # show a bar while files are decoded
     unlabeled: bool = True,         # with what the pretext task alone may see
+    white: float | None = None,     # of a folder, see `image_folder`
 ) -> dict[str, ImageSet]:           # 'all'; or 'train' and 'test', and perhaps 'pretext' for that task alone
     "The images of a run. Raises `UserError` when they are not to be had."
-    places = (env or {}).get('data') or {}
-    known = {dataset_name(key) or key: place for key, place in places.items()}
-    def part(name, which):
-        return open_images(name, which, size, channels, known.get(dataset_name(name) or name), progress)
-    if test_name is None: return {'all': part(name, 'all')}
-    images = {'train': part(name, 'train'), 'test': part(test_name, 'test')}
-    if images['test'] is None: return {'all': images['train']}
-    if unlabeled and dataset_name(name) == 'stl-10': images['pretext'] = part(name, 'pretext')
+    known = {dataset_name(k) or k: place for k, place in ((env or {}).get('data') or {}).items()}
+    def part(name, which, size, channels, white):
+        place = known.get(dataset_name(name) or name)
+        place = (place if isinstance(place, dict) else dict(root=place)) | _white(name, white)
+        return open_images(name, which, size, channels, place, progress)
+    shape = size, channels, white
+    if test_name is None: return {'all': part(name, 'all', *shape)}
+    train = part(name, 'train', *shape)
+    c, h, _ = train.images.shape[1:]   # files of the test images are decoded like those
+    test = part(test_name, 'test', *(shape if dataset_name(test_name) else (h, c, train.facts.get('white'))))
+    if test is None: return {'all': train}
+    images = share_classes(dict(train=train, test=test))
+    if unlabeled and dataset_name(name) == 'stl-10': images['pretext'] = part(name, 'pretext', *shape)
     return images
+
+# %% ../nbs/00a_datasets.ipynb #00aa0011
+def _duplicates(images):
+    "How many are exactly like one before; of a large set, which is not looked through, none."
+    if images.nbytes > 2**31: return 0
+    return len(images) - len({row.numpy().tobytes() for row in images.cpu().flatten(1)})
+
+# %% ../nbs/00a_datasets.ipynb #00aa0012
+def _left_out(data):
+    "What became of files, and of parts of them, that no image shows."
+    facts, n, same = data.facts, len(data.skipped), _duplicates(data.images)
+    said = []
+    if n: said.append("{} unreadable, such as '{}' ({})".format(n, *data.skipped[0]))
+    if facts.get('outside', 0) >= .01:
+        said.append(f"{100*facts['outside']:.0f} % of the pictures, beside their middle squares")
+    if facts.get('frames'):
+        said.append(f"{facts['frames']:,} further pages or frames of {facts['stacks']:,} files")
+    if others := facts.get('others'):
+        said.append(', '.join(f'{n:,} {kind}' for kind, n in others.items()) + ', which are not read')
+    lines = [f"Left out: {'; '.join(said)}."] if said else []
+    return lines + ([f'{same:,} images are exact copies of others.'] if same else [])
+
+# %% ../nbs/00a_datasets.ipynb #00aa0013
+def describe(
+    splits: dict[str, ImageSet],   # split -> images: the first is learned from
+) -> list[str]:                    # at most six lines
+    "What was understood of what a person brought."
+    first, data = next(iter(splits.items()))
+    c, h, w = data.images.shape[1:]
+    count = ' and '.join(f'{len(v):,} {k}' if len(splits) > 1 else f'{len(v):,}' for k, v in splits.items())
+    lines = [f"{count} images of {h}×{w} pixels, {'gray' if c == 1 else 'in color'}"]
+    if kinds := data.facts.get('kinds'):
+        low, high = data.facts['sides']
+        files = ', '.join(f'{n:,} {kind}' for kind, n in kinds.items())
+        lines[0] += f', from {files} of {low} to {high} pixels' if low < high else f', from {files}'
+    if white := data.facts.get('white'): lines[0] += f'; values from 0 to {white:,g} are black to white'
+    lines[0] += '.'
+    if where := data.facts.get('splits'): lines[0] = f'{lines[0][:-1]}; {where} say which is which.'
+    if data.labels is None: return lines + ['No labels: nothing is graded.'] + _left_out(data)
+    names, known = data.classes or range(data.n_classes), int((data.labels >= 0).sum())
+    some = ', '.join(map(str, names[:5])) + ' …'*(len(names) > 5)
+    where = f", from {data.facts['labels']}" if 'labels' in data.facts else ''
+    lines.append(f'{len(names)} classes, {some}, of {known:,} images{where}: they only grade.')
+    return lines + _left_out(data)
 
 # %% ../nbs/00a_datasets.ipynb #00aa0004
 def fingerprint_images(

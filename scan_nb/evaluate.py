@@ -231,9 +231,9 @@ def label_free_metrics(
     p = torch.as_tensor(probabilities).detach().cpu().double()
     if p.ndim != 2 or p.numel() == 0 or not (p >= 0).all() or not ((p.sum(1) - 1).abs() < 1e-2).all():
         raise UserError(f'probabilities must be N×K with rows that sum to 1, got shape {tuple(p.shape)}.')
-    return dict(effective_clusters=float(torch.special.entr(p.mean(0)).sum().exp()),
-                mean_confidence=float(p.max(1).values.mean()),
-                sizes=torch.bincount(p.argmax(1), minlength=p.shape[1]).tolist())
+    sizes = torch.bincount(p.argmax(1), minlength=p.shape[1])
+    return dict(effective_clusters=float(torch.special.entr(sizes.double()/len(p)).sum().exp()),
+                mean_confidence=float(p.max(1).values.mean()), sizes=sizes.tolist())
 
 # %% ../nbs/04_evaluate.ipynb #5fb3e481
 def top_k_accuracy(

@@ -80,7 +80,8 @@ def unit_rows(
         raise UserError(f'Embeddings must be N×D, one row per image, but their shape is {tuple(x.shape)}.')
     x = x if x.dtype == torch.float64 else x.float()
     largest = torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True)
-    if not largest.isfinite().all(): raise UserError('Embeddings must be finite: some are NaN or infinite.')
+    if not largest.isfinite().all():
+        raise UserError('Embeddings must be finite, but some are NaN or infinite: did the training diverge?')
     return F.normalize((x/largest.clamp_min(torch.finfo(x.dtype).tiny)).float())
 
 # %% ../nbs/08_neighbors.ipynb #e1272b21
@@ -132,6 +133,8 @@ def neighbor_accuracy(
 ) -> float:             # 0…1
     "Purity: the share of neighbors with the label of their image. Raises UserError when no pair is labeled."
     neighbors, labels = neighbors.cpu(), torch.as_tensor(labels).cpu()
+    if neighbors.min() < 0 or neighbors.max() >= len(labels):
+        raise UserError(f'Neighbors must be numbers from 0 to {len(labels) - 1}: these belong elsewhere.')
     own, other = labels[:, None].expand_as(neighbors), labels[neighbors]
     known = (own >= 0) & (other >= 0)
     if not known.any(): raise UserError('No image and neighbor both have a label: nothing to compare.')

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from .data import UserError
-from .datasets import as_image_set
+from .datasets import as_image_set, share_classes
 from .distributed import place
 from .evaluate import grade
 from .models import ClusteringModel
 from .neighbors import center_crop, embed
 from .recipe_files import PRESETS, find_recipe, to_yaml
 from .recipes import Recipe
-from .report import summarize, write_report
+from .report import summarize
 from .run_folder import open_folder, read_model, write_model, writing
 from .scan import logits_of
 from .stages import estimate_seconds, run_stages
@@ -32,7 +32,7 @@ class SCAN:
     def __init__(self,
         n_clusters: int|None = None,  # C, at most the number of images; None: as the recipe has it
         *, recipe: Recipe|str|Path|None = None,  # or the name of a preset, or a file; None: PRESETS['folder']
-        seed: int|None = None,         # the same seed, the same clusters, on one machine; None: the recipe's
+        seed: int|None = None,         # same seed, as many threads: same clusters; None: the recipe's
         device: str|torch.device|None = None,  # 'cpu', 'cuda', 'mps'; None: the best there is
         out: str|Path|None = None,     # run folder; None: nothing is written, and a killed run is lost
         progress: bool = False,        # show bars, and say beforehand how long it will take
@@ -44,31 +44,33 @@ class SCAN:
         """Learn clusters; continue a killed run when `out` is set. Raises UserError for any wrong input.
 
         images: an ImageSet, a folder, a tensor or an array, see `as_image_set`
-        labels: N numbers, only to grade the result; None: those of the images, if they have any
+        labels: N of any kind, only to grade the result; None: those of the images, if they have any
         test: held-out images: graded too, never trained on
         pretext: images for the pretext task alone, in place of `images`
         """
         device, progress = pick_device(self.device), self.progress and not place()[0]
         recipe, out = self._base(device), None if self.out is None else Path(self.out).expanduser()
         shape = (recipe.size, recipe.channels) if isinstance(images, (str, Path)) else ()
-        data = as_image_set(images, *shape, progress=progress)
+        data = as_image_set(images, *shape, progress=progress, white=recipe.white)
         if labels is not None: data = self._labeled(data, labels)
         if data.labels is not None and not (data.labels >= 0).any(): data = replace(data, labels=None)
-        shape = list(data.images.shape[1:])
+        shape, white = list(data.images.shape[1:]), data.facts.get('white', recipe.white)
         splits = {'all' if test is None else 'train': data}
-        if test is not None: splits['test'] = self._fitting(test, shape)
-        if pretext is not None: splits['pretext'] = self._fitting(pretext, shape)
+        if test is not None: splits['test'] = self._fitting(test, shape, white)
+        if pretext is not None: splits['pretext'] = self._fitting(pretext, shape, white)
+        splits = share_classes(splits)
         recipe = Recipe.for_images(data, device, recipe)
         new = progress and place()[1] == 1 and not (out and any(out.glob('**/checkpoint*')))
         outcomes = run_stages(recipe, splits, out, device=device, progress=progress,
                               ready=(lambda: self._say_estimate(recipe, splits, device)) if new else None)
-        self.metrics_ = summarize(outcomes, splits, out, device)
-        if out and not place()[0]: write_report(out)
+        self.metrics_ = summarize(outcomes, splits, out, device, report=True)
         last, first = outcomes[-1], outcomes[0]
         self.model_, self.shape_, self.recipe_ = last.load(device), last.shape, recipe
+        self.white_ = last.recipe.white   # of images of more than 8 bits
         self._parts = {outcome.recipe.stage: outcome.recipe for outcome in outcomes}
         self.labels_ = list(last.clusters.values())[-1][next(iter(splits))].long().numpy()
         self.embeddings_, self.neighbors_ = first.embeddings.numpy(), first.neighbors.numpy()
+        self.paths_ = data.paths   # of files, in the order of labels_; else None
         self.history_, self.stages_ = self.metrics_['history'], self.metrics_['stages']
         return self
 
@@ -111,7 +113,7 @@ class SCAN:
         folder = open_folder(folder, [], {}, 'cpu')
         folder.mkdir(parents=True, exist_ok=True)
         with writing(folder/'recipe.yml') as f: f.write(to_yaml(self._parts).encode())
-        write_model(folder, self.model_, self.shape_, [*self._parts][-1])
+        write_model(folder, self.model_, self.shape_, [*self._parts.values()][-1])
 
     @classmethod
     def load(cls, folder: str|Path, device: str|None = None) -> 'SCAN':
@@ -119,6 +121,7 @@ class SCAN:
         model, stages, shape = read_model(Path(folder).expanduser(), pick_device(device))
         scan = cls(recipe=Recipe.of(stages), device=device)
         scan.model_, scan.shape_, scan.recipe_, scan._parts = model, shape, scan.recipe, stages
+        scan.white_ = [*stages.values()][-1].white
         return scan
 
     def get_params(self, deep: bool = True) -> dict:
@@ -159,17 +162,17 @@ class SCAN:
 
     def _look(self, images): # an ImageSet of the right shape, and what the model sees of it
         self._check_fitted()
-        data = self._fitting(images, self.shape_)
+        data = self._fitting(images, self.shape_, self.white_)
         return data, center_crop(data.images, [*self._parts.values()][-1].size or min(self.shape_[1:]))
 
     def _labeled(self, data, labels): # the data with other labels
-        try: labels = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
-        except (TypeError, ValueError): raise UserError('labels: give one whole number per image.') from None
         return replace(data, labels=labels, classes=None)
 
-    def _fitting(self, images, shape): # an ImageSet of C×H×W: files are resized, other arrays refused
+    def _fitting(self, images, shape, white): # an ImageSet of C×H×W: files are resized, other arrays refused
         size = (shape[1], shape[0]) if isinstance(images, (str, Path)) else ()
-        data = as_image_set(images, *size, progress=self.progress and not place()[0])
+        one = tuple(shape), (*shape[1:], shape[0]), tuple(shape[1:])*(shape[0] == 1)   # as one image may come
+        if isinstance(images, (Tensor, np.ndarray)) and tuple(images.shape) in one: images = images[None]
+        data = as_image_set(images, *size, progress=self.progress and not place()[0], white=white)
         is_, wanted = ('×'.join(map(str, v)) for v in (data.images.shape[1:], shape))
         if is_ == wanted: return data
         raise UserError(f'The images are {is_}, but {wanted} (channels×height×width) is needed: convert.')

@@ -111,12 +111,24 @@ def find_config(
     raise UserError(f"There is no file '{name}', here or among the recipes of the package: "
                     f"did you mean '{closest(given.as_posix(), shipped)}'?")
 
+# %% ../nbs/11a_recipe_files.ipynb #d5763b40
+def parse_yaml(
+    text: str, # a document
+) -> object:   # what it holds
+    "YAML as people write it: references, which could be endless, and deep nesting are errors of yaml, too."
+    import yaml
+    loader, depth = getattr(yaml, 'CSafeLoader', yaml.SafeLoader), 0   # in C ten times as fast
+    for event in yaml.parse(text, loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 20 or isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem_mark=event.start_mark)
+    return yaml.load(text, loader)
+
 # %% ../nbs/11a_recipe_files.ipynb #eff46530
 def _load_mapping(file): # as for `find_config`
     "A YAML file that holds a mapping. Raises UserError that says what is wrong with it, and in which line."
     import yaml
-    loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)   # in C ten times as fast
-    try: content = yaml.load(find_config(file).read_text(encoding='utf-8'), loader)
+    try: content = parse_yaml(find_config(file).read_text(encoding='utf-8'))
     except (OSError, ValueError, yaml.YAMLError) as e:
         where = f' in line {mark.line + 1}' if (mark := getattr(e, 'problem_mark', None)) else ''
         raise UserError(f"'{file}' cannot be read as YAML: look for a mistake{where}.") from e

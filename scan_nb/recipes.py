@@ -37,13 +37,15 @@ def make_views(
         raise UserError(f"The views '{views}' cannot be made of {options}: give numbers.") from None
 
 # %% ../nbs/11_recipes.ipynb #83fa9b97
-_COUNTS = ('size', 'widths', 'stem_stride', 'batch_size', 'pretext.epochs', 'features_dim', 'queue_size',
-           'n_neighbors', 'n_neighbors_val', 'n_heads', 'tried_heads')
-_SHARES = 'mean', 'momentum', 'lr_decay_rate', 'warmup', 'key_momentum', 'whiten'
-LIMITS = dict.fromkeys(_COUNTS, (1, INF)) | dict.fromkeys(_SHARES, (0, 1)) | {
-    'n_clusters': (2, INF), 'pretext.batch_size': (2, INF), 'n_networks': (1, 2),
-    'std': (1e-6, INF), 'temperature': (1e-6, INF), 'prior': (1e-9, INF), 'seed': (0, 2**32 - 1),
-    'threshold': (0, 1 - 1e-6), 'ema_decay': (0, 1 - 1e-6)}
+LIMITS = {name: (low, high) for low, high, names in (   # what is not here may be any number from 0 up
+    (0, 1, 'mean momentum lr_decay_rate warmup key_momentum whiten'), (0, 1 - 1e-6, 'threshold ema_decay'),
+    (1, INF, 'pretext.epochs batch_size n_neighbors n_neighbors_val'),
+    (2, INF, 'n_clusters pretext.batch_size'),
+    (1, 4096, 'size'), (1, 8192, 'widths'), (1, 64, 'stem_stride'), (1, 65536, 'features_dim'),
+    (1, 10**8, 'queue_size'), (0, 1000, 'n_views'), (1, 2, 'n_networks'), (1, 10_000, 'n_heads tried_heads'),
+    (0, 10**6, 'weight_decay entropy_weight'), (1e-6, 10**6, 'std temperature prior white'),
+    (0, 2**32 - 1, 'seed'),
+) for name in names.split()}
 
 # %% ../nbs/11_recipes.ipynb #ce4b8dac
 def _plain(value): # a number of any kind, a text, a list or a mapping -> lists as tuples, texts as numbers
@@ -106,6 +108,7 @@ class StageRecipe:
     n_clusters: int = 10         # C, at most the number of images
     channels: Literal[1, 3]|None = None     # 1: gray, 3: color; None: as the images are
     size: int|None = None        # side of a view in pixels; None: as the images are
+    white: float|None = None     # the white of images of more than 8 bits; None: by their highest value
     mean: tuple[float, ...]|None = None     # per channel, in [0, 1]; None: measured on the training images
     std: tuple[float, ...]|None = None      # per channel, above 0; None: measured likewise
     backbone: str = 'resnet18'   # see `make_backbone`
@@ -137,8 +140,8 @@ class StageRecipe:
 
 # %% ../nbs/11_recipes.ipynb #e15e74b3
 BACKBONE_OPTIONS = 'widths', 'stem_stride'   # of small_resnet; models of timm have their own
-SHARED = {'data', 'test_data', 'n_clusters', 'channels', 'size', 'mean', 'std', 'backbone', 'n_networks',
-          'backbone_options', 'prior', 'seed', 'precision', 'compile'}   # set for all stages at once
+SHARED = {'data', 'test_data', 'n_clusters', 'channels', 'size', 'white', 'mean', 'std', 'backbone',
+          'n_networks', 'backbone_options', 'prior', 'seed', 'precision', 'compile'}   # of all at once
 
 # %% ../nbs/11_recipes.ipynb #fd7b146f
 def _check_backbone(options): # as in a recipe
@@ -385,6 +388,7 @@ def choices(
     found, recipe, (n, c, h, w) = {}, next(iter(stages.values())), images.images.shape
     size = recipe.size or min(h, w)
     if recipe.channels is None: found['channels'] = c, f'the images are {"gray" if c == 1 else "in color"}'
+    if white := images.facts.get('white'): found['white'] = white, 'by the highest value of the images'
     if recipe.size is None: found['size'] = size, f'the images have {h}×{w} pixels'
     if recipe.backbone == 'small_resnet':
         small = dict(widths=(32, 64, 128) if size <= 12 else (32, 64, 128, 256), stem_stride=1 + (size > 16))

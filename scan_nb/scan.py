@@ -173,7 +173,8 @@ def check_neighbors(
 ) -> None:
     "Raises UserError for neighbors of another set, and for fewer than 2 or more than N clusters."
     n = len(images)
-    if neighbors.ndim != 2 or len(neighbors) != n or neighbors.min() < 0 or neighbors.max() >= n:
+    whole = neighbors.dtype in (torch.int64, torch.int32)
+    if not whole or neighbors.ndim != 2 or len(neighbors) != n or neighbors.min() < 0 or neighbors.max() >= n:
         raise UserError(f'neighbors of shape {tuple(neighbors.shape)} do not belong to {n} images: '
                         f'give N×K indices from 0 to {n - 1}, as mine_neighbors does')
     if not 2 <= n_clusters <= n:
@@ -293,6 +294,9 @@ def train_heads(
     prior = find_prior(prior, n_clusters, lambda: embeddings, seed)
     mean, std = embeddings.mean(0), embeddings.std(0).clamp_min(1e-6)
     z, generator = (embeddings - mean)/std, make_generator(seed, embeddings.device)
+    if not z.isfinite().all(): raise UserError('Embeddings must be finite, and far below 1e38: look at them.')
+    if not 0 <= entropy_weight < math.inf:
+        raise UserError(f'The entropy weight is {entropy_weight}: give a number from 0 up.')
     with seeded(seed): heads = ClusterHeads(z.shape[1], n_clusters, n_heads).to(z.device)
     pick = _picker(z, views, mean, std, generator)
     step = _heads_step(heads, pick, neighbors, entropy_weight, prior, generator)
@@ -306,29 +310,37 @@ def clustering_health(
     neighbors: Tensor,           # N×K int64
     entropy_weight: float = 5.,  # λ of `val_loss`
     prior: Tensor|None = None,   # C class sizes expected; None: all equal
-) -> dict[str, float]:           # val_loss, agreement, effective_clusters (up to C), confidence
-    "What can be said of a clustering without labels; C clusters are effective when sizes are as expected."
+) -> dict[str, float]:           # val_loss, agreement, effective_clusters 1…C, balance 0…1, confidence
+    "What can be said of a clustering without labels; balance is 1 when sizes are as even as expected."
     clusters, n_clusters = logits.argmax(-1), logits.shape[-1]
     confidence = torch.cat([x.float().softmax(-1).amax(-1) for x in logits.split(2**22//n_clusters + 1)])
     share = torch.bincount(clusters, minlength=n_clusters).double()/len(clusters)
+    expected = torch.ones(n_clusters) if prior is None else prior.cpu().double()
+    used, hoped = (torch.special.entr(x/x.sum()).sum().exp().item() for x in (share, expected.double()))
     return dict(val_loss=validate_scan(logits, neighbors, entropy_weight, prior=prior).total.item(),
                 agreement=(clusters[neighbors] == clusters[:, None]).float().mean().item(),
-                effective_clusters=mean_entropy(share.clamp_min(1e-300).log()[None], prior).exp().item(),
-                confidence=confidence.mean().item())
+                effective_clusters=used, balance=min(1., used/hoped), confidence=confidence.mean().item())
 
 # %% ../nbs/09_scan.ipynb #6764f0b2
 def diagnose(
     health: dict,     # from `clustering_health`
     n_clusters: int,  # C
-) -> str:             # plain words; empty when nothing is wrong
+    entropy_weight: float = 5.,  # λ, with which it was trained
+    alike: bool = False,         # does the network give the same for all images?
+) -> str:                        # plain words; empty when nothing is wrong
     "Says in a sentence each what looks wrong with a clustering, and what to do."
-    used, words = health['effective_clusters'], []
-    if used < 1.5: words.append('All images fell into one cluster: raise the entropy weight or the batch.')
-    elif used < .8*n_clusters: words.append(f'Only about {used:.1f} of {n_clusters} clusters are in use: '
-                                            'ask for fewer clusters, or raise the entropy weight.')
+    used, balance, words = health['effective_clusters'], health['balance'], []
+    more = f'raise the entropy weight, {entropy_weight:g} now'
+    if balance >= .8: pass
+    elif alike: words.append('The network sees no difference between the images: look whether they are '
+                             'copies of one another, else train the pretext task longer.')
+    elif used < 1.5: words.append(f'All images fell into one cluster: {more}, or the batch.')
+    else: words.append(f'Only about {used:.1f} clusters are in use where {used/balance:.1f} are expected: '
+                       f'ask for fewer than {n_clusters}, or {more}.')
     if health['agreement'] < .5: words.append('Fewer than half of the neighbors share a cluster: '
                                               'train the pretext task longer, or mine fewer neighbors.')
-    if health['confidence'] < .5: words.append('Most images are undecided: train longer, or lower λ.')
+    lower = f', or lower the entropy weight, {entropy_weight:g} now'*(entropy_weight > 0)
+    if health['confidence'] < .5: words.append(f'Most images are undecided: train longer{lower}.')
     return ' '.join(words)
 
 # %% ../nbs/09_scan.ipynb #84bf524f
@@ -338,18 +350,19 @@ def logits_of(
     batch_size: int = 512,   # images per forward pass
     head: int|None = 0,      # which head is read; None: all
 ) -> Tensor:                 # N×C float32 on the CPU, H×N×C for all heads
-    "Logits of all images in eval mode."
-    return run_over(model, images, lambda x: model(x)[slice(None) if head is None else head], batch_size)
+    "Logits of all images in eval mode. Raises FloatingPointError when training has spoiled the weights."
+    found = run_over(model, images, lambda x: model(x)[slice(None) if head is None else head], batch_size)
+    if found.isfinite().all(): return found
+    raise FloatingPointError('The network gives NaN or infinity: lower learning rate or weight decay.')
 
 # %% ../nbs/09_scan.ipynb #7ed4954c
 def got_worse(
     before: dict,             # from `clustering_health`, before the stage
     after: dict,              # the same, after it
-    tolerance: float = .015,  # loss of agreement, or of effective clusters relative to before
+    tolerance: float = .015,  # loss of agreement, or of balance relative to before
 ) -> str:                     # why it is worse; empty when it is not
     "A label-free comparison: did clusters lose their balance, or neighbors part?"
-    lost = 1 - after['effective_clusters']/before['effective_clusters']
-    if lost > tolerance:
+    if 1 - after['balance']/before['balance'] > tolerance:
         return 'effective clusters fell from {:.2f} to {:.2f}'.format(
             before['effective_clusters'], after['effective_clusters'])
     if before['agreement'] - after['agreement'] > tolerance:

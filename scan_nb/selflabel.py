@@ -135,7 +135,8 @@ def _run(model, images, neighbors, strong, weak, loss, ema_decay, seed, optimize
     weak = weak or (lambda x, generator: as_seen(x, strong))
     ema = None if ema_decay is None else EMA(model, ema_decay)
     step = _step(model.train(), ema, images, strong, weak, g, **loss)
-    def health(model): return clustering_health(logits_of(model, seen), neighbors, prior=loss['prior'])
+    judge = {k: loss[k] for k in ('entropy_weight', 'prior')}
+    def health(model): return clustering_health(logits_of(model, seen), neighbors, **judge)
     options = dict(tolerance=.005, stop=True) | options
     return train_checked(model, step, images, neighbors, optimizer, result=ema and ema.model, health=health,
                          generator=g, **options)

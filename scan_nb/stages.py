@@ -21,7 +21,7 @@ from .moco import load_moco_v2, train_moco
 from .neighbors import center_crop, embed, mutual_neighbors, whiten
 from .neighbors_fast import mine_neighbors, score_neighbors, weighted_knn
 from .recipes import PretextRecipe, Recipe, ScanRecipe, SelfLabelRecipe, StageRecipe, make_views
-from .run_folder import Outcome, make_model, make_normalize, open_folder
+from .run_folder import Outcome, alone_in, make_model, make_normalize, open_folder
 from .scan import (check_neighbors, clustering_health, diagnose, find_prior, logits_of, train_heads,
                           train_scan)
 from .selflabel import train_selflabel
@@ -100,7 +100,9 @@ class Stage:
         timed = all(data.times is not None for data in self.splits.values())
         if getattr(r, 'time_window', 0) and not (timed and r.index == 'exact'):
             raise UserError("time_window needs the times of the images (`image_folder`), and index 'exact'.")
-        self.model()
+        model, n_all = self.model(), sum(len(data) for data in self.splits.values())
+        weights = sum(v.nbytes for v in model.state_dict().values())
+        self.room = 12*weights + n_all*(16*model.backbone.dim + 16*k + 200)   # bytes on disk, at most
 
     def model(self, n_heads=1, start=None): # with the weights of the stage before, if there is one
         r, weights = self.recipe, start and start.weights
@@ -304,8 +306,10 @@ def _train_clusters(stage, model, trainer, neighbors, **options): # of the train
         stage.say(f'{stage.name} {result.reason}')
         stage.note_clusters(stage.name, model, *result, seconds)
     prior = find_prior(r.prior, r.n_clusters, lambda: embed(model, stage.seen(stage.data.images)), r.seed)
-    health = clustering_health(logits_of(model, stage.seen(stage.data.images)), neighbors, prior=prior)
-    if note := diagnose(health, r.n_clusters): stage.say(f'{stage.name} note: {note}')
+    logits, weight = logits_of(model, stage.seen(stage.data.images)), r.entropy_weight
+    health = clustering_health(logits, neighbors, weight, prior)
+    alike = bool(logits.std(0).max() < 1e-4*logits.abs().max())
+    if note := diagnose(health, r.n_clusters, weight, alike): stage.say(f'{stage.name} note: {note}')
     return stage.finish(model, neighbors, note=note)
 
 # %% ../nbs/12_stages.ipynb #12000040
@@ -353,11 +357,12 @@ def run_stages(
     found = []
     stages = {name: r for name, r in recipe.stages.items() if r.epochs or name == 'scan'}
     every = [Stage(r, images, folder, **options) for r in stages.values()]
-    if folder: open_folder(folder, stages.values(), images, every[0].device)
-    if ready: ready()
-    for name, r in stages.items():
-        found.append(RUN[name](r, images, found[-1] if found else None, folder, **options))
-    if folder: found[-1].write_top(every[0].folder, stages)
+    with alone_in(folder, 2**24 + sum(stage.room for stage in every)):
+        if folder: open_folder(folder, stages.values(), images, every[0].device)
+        if ready: ready()
+        for name, r in stages.items():
+            found.append(RUN[name](r, images, found[-1] if found else None, folder, **options))
+        if folder: found[-1].write_top(every[0].folder, stages)
     return found
 
 # %% ../nbs/12_stages.ipynb #1200004b

@@ -9,7 +9,7 @@ __all__ = ['devices', 'pick_device', 'autocast', 'tune', 'make_generator', 'seed
            'finish_epoch', 'train']
 
 # %% ../nbs/03_training.ipynb #84f76adb
-import math, random, sys, time, zipfile
+import io, math, random, sys, time, zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -256,6 +256,16 @@ def check_plain(
         raise TypeError(f'{name} is a {type(value).__module__}.{type(value).__name__}: '
                         'a checkpoint holds only tensors and plain Python values.')
 
+# %% ../nbs/03_training.ipynb #b6f2ac93
+def save_state(
+    state: dict,  # of `check_plain`
+    file: object, # open for writing in binary mode
+) -> None:
+    "`torch.save`, but a full disk is an OSError."
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    file.write(buffer.getbuffer())
+
 # %% ../nbs/03_training.ipynb #dfa5ed5e
 def read_state(
     file: object, # open for reading in binary mode
@@ -280,7 +290,7 @@ class Checkpoint:
         check_plain(state)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for part in self.path.parent.glob(f".{escape(self.path.name)}.{'?'*32}"): part.unlink() # of a kill
-        with atomic_write(self.path) as file: torch.save(state, file)
+        with atomic_write(self.path) as file: save_state(state, file)
 
     def load(self): # the state, or None without a file; raises UserError when it is damaged
         if not self.path.exists(): return None

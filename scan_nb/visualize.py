@@ -114,7 +114,7 @@ def _show_rows(
     (rows, columns), (h, w) = index.shape, x.shape[2:]
     side = .65 if w <= 32 else 1
     ax = _bare(_axes(ax, side * columns + 1.6, side * rows * h / w + .5))
-    ax.set_yticks(np.arange(rows) + .45, names)
+    ax.set_yticks(np.arange(rows) + .45, names, parse_math=False)
     return _draw_tiles(tiles, columns, ax)
 
 # %% ../nbs/05_visualize.ipynb #798b5ecd
@@ -197,7 +197,8 @@ def _write_cells(
 ) -> None:
     "Name rows and columns, and write each share of at least half a percent into its cell."
     ax.set_xticks(range(share.shape[1]), None if order is None else torch.as_tensor(order).tolist())
-    ax.set_yticks(range(len(share)), classes)
+    names = classes or [str(i) for i in range(len(share))]
+    ax.set_yticks(range(len(share)), names, parse_math=False)   # a name may hold dollar signs
     for row, column in (share >= .005).nonzero().tolist():
         value = float(share[row, column])
         color = 'white' if value > .5 else '#333333'
@@ -268,7 +269,7 @@ def _name_point(
 ) -> None:
     "Write a name at a point, in a white box framed in the cluster's color."
     box = dict(boxstyle='round,pad=.25', facecolor='white', edgecolor=cluster_color(cluster), alpha=.9, lw=2)
-    ax.text(*point, name, ha='center', va='center', fontsize=11, bbox=box)
+    ax.text(*point, name, ha='center', va='center', fontsize=11, bbox=box, parse_math=False)
 
 # %% ../nbs/05_visualize.ipynb #e89feca4
 def plot_embedding(

@@ -166,6 +166,41 @@ def test_a_home_folder_and_a_name_that_is_no_text(tmp_path):
     known = read((tmp_path/'run/clusters.csv').read_text(errors='surrogateescape'))
     assert len(known) == 60 and odd[0] in [row['path'] for row in known]
 
+def test_a_run_says_what_it_understood(tmp_path, capsys, no_figures):
+    "Splits and classes from folders; what was left out; copies; results of a run are no data."
+    folder = tmp_path/'d'
+    for i, x in enumerate(digits().images[:60, 0].numpy()):
+        part = folder/('train', 'val')[i % 3 == 0]/'abc'[i % 3]
+        part.mkdir(parents=True, exist_ok=True)
+        wide = Image.fromarray(np.pad(x, ((0, 0), (0, 8))))
+        wide.save(part/f'{i}.gif', save_all=True, append_images=[wide.rotate(90)]*(i == 5))
+    (folder/'train/b/copy.gif').write_bytes((folder/'train/b/1.gif').read_bytes())
+    Image.new('RGBA', (9, 9)).save(folder/'train/c/clear.png')
+    (folder/'train/a').mkdir()
+    for name in ('c/one.heic', 'c/notes.txt', 'b/broken.png'): (folder/'train'/name).touch()
+    for seed in (0, 1):
+        out = folder/f'runs/{seed}'
+        assert main(['run', str(folder), '--out', str(out), '--seed', str(seed), *TINY]) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert said[:5] == [
+            '41 train and 20 test images of 8×8 pixels, gray, from 61 .gif, 2 .png of 8 to 16 pixels; '
+            'the subfolders say which is which.',
+            "3 classes, a, b, c, of 41 images, from the subfolders: they only grade.",
+            "Left out: 2 unreadable, such as 'train/b/broken.png' (an empty file); 49 % of the pictures, "
+            'beside their middle squares; 1 further pages or frames of 1 files; 1 .heic, which are not read.',
+            '1 images are exact copies of others.', f'Results: {out}']
+        assert any('ACC' in line for line in said)
+    metrics = json.loads((out/'metrics.json').read_text())
+    assert metrics['data'] == said[:4] and metrics['images'] == dict(train=41, test=20)
+    assert said[0] in (out/'report.html').read_text()
+
+@pytest.mark.parametrize('name', ['$\\badmacro$', 'a$b$c', '%s{}', '<b>'])
+def test_a_class_may_have_any_name(tmp_path, name):
+    folder = Path(with_labels(tmp_path/'d', 3))
+    (folder/'class0').rename(folder/name)
+    assert main(['run', str(folder), '--out', str(tmp_path/'run'), *TINY]) == 0
+    assert (tmp_path/'run/figures/confusion.png').stat().st_size > 1000
+
 KILL = signal.SIGKILL
 MOMENTS = {'pretext/simclr/checkpoint.pth.tar': KILL, 'pretext/simclr/model.pth.tar': KILL,
            'scan/heads.pth.tar': signal.SIGINT, 'scan/checkpoint.pth.tar': KILL, 'clusters.csv': KILL}
@@ -421,7 +456,9 @@ def refused(capsys, *words):
     assert main([str(w) for w in words]) == 2
     out, err = capsys.readouterr()
     err = [line for line in re.split(r'[\r\n]+', err) if line.strip() and '%|' not in line]
-    assert len(err) == 1 and err[0].startswith('scan-nb: ') and not out, (out, err)
+    said = out.splitlines()   # nothing, or what was understood of the images
+    assert len(err) == 1 and err[0].startswith('scan-nb: '), (out, err)
+    assert not said or len(said) <= 6 and said[-1].startswith('Results: '), said
     return err[0]
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
-from scan_nb import data
+from scan_nb import data, datasets
 from scan_nb.data import (
     ImageSet, UserError, atomic_write, closest, decode_image, digits, find_images, image_grid, read_images,
     show_images, to_uint8)
@@ -110,8 +110,8 @@ def test_moves():
     ('not 4×1×0×2', dict(images=torch.zeros(4, 1, 0, 2, dtype=torch.uint8))),
     ('need 4 labels', dict(labels=[0, 1, 2])),
     ('need 4 labels', dict(labels=torch.zeros(4, 1, dtype=int))),
-    ('whole numbers', dict(labels=[0., 1., 2., 3.])),
-    ('one of them is -2', dict(labels=[0, -2, 1, 1])),
+    ('one value per image', dict(labels=[[0], [1, 2], 3, 4])),
+    ("'e' is none of the classes", dict(labels=['a', 'b', 'e', 'a'], classes=['a', 'b', 'c'])),
     ('Label 3 has no name', dict(labels=[0, 1, 2, 3], classes=['a', 'b', 'c'])),
     ('need 4 paths', dict(paths=['a.png']))])
 def test_inconsistent_set(words, change):
@@ -132,7 +132,51 @@ def test_unknown_labels(labels, draw):
 
 def test_unknown_labels_need_no_name():
     assert tiny(labels=[-1, 1, 0, -1], classes=['a', 'b']).n_classes == 2
-    refused('one of them is -2', tiny, labels=[-2, 0, 0, 0])
+
+NAN, BIG = float('nan'), 10_000_019
+@pytest.mark.parametrize('labels, positions, classes', [
+    (['owl', 'cat', None, 'owl'], [1, 0, -1, 1], ['cat', 'owl']),
+    (['b', '', 'a', NAN], [1, -1, 0, -1], ['a', 'b']),
+    (np.array(['b', 'a', 'b', 'a']), [1, 0, 1, 0], ['a', 'b']),
+    ([b'x', 'y', b'x', 'y'], [0, 1, 0, 1], ['x', 'y']),
+    ([BIG, 7, 7, -1], [1, 0, 0, -1], ['7', str(BIG)]),
+    (torch.tensor([BIG, 7, 7, -1]), [1, 0, 0, -1], ['7', str(BIG)]),
+    (np.array([2**63, 1, 1, 2**63], np.uint64), [1, 0, 0, 1], ['1', str(2**63)]),
+    ([2**70, 1, 1, 2**70], [1, 0, 0, 1], ['1', str(2**70)]), ([0, -2, 1, 1], [1, 0, 2, 2], ['-2', '0', '1']),
+    ([1., 2., NAN, 1.], [0, 1, -1, 0], ['1', '2']),
+    (torch.tensor([.5, 10., 9., .5]), [0, 2, 1, 0], ['0.5', '9', '10']),
+    ([True, False, None, True], [1, 0, -1, 1], ['False', 'True']),
+    ([3 + 1j, 3 + 1j, None, 1], [1, 1, -1, 0], None),
+    (np.array(['2020-01-01', 'NaT', '2020-01-01', '2019-01-01'], 'datetime64[D]'), [1, -1, 1, 0], None),
+    ((2, np.int8(0), 1, -1), [2, 0, 1, -1], [None]),
+    (np.array([2, 0, 1, 255], np.uint8), [2, 0, 1, 255], [None])])
+def test_labels_of_any_kind(labels, positions, classes):
+    "Distinct values are the classes, and their names; small whole numbers stay as they are."
+    x = tiny(labels=labels)
+    assert x.labels.tolist() == positions and x.labels.dtype == torch.int64
+    assert classes is None or x.classes == (None if classes == [None] else classes)
+    assert x[[2, 0]].labels.tolist() == [positions[2], positions[0]] and x[[2, 0]].classes == x.classes
+
+@given(st.lists(st.one_of(st.none(), st.text(), st.integers(), st.floats(), st.booleans(),
+    st.binary(max_size=3)),
+                min_size=1, max_size=9))
+def test_equal_labels_are_one_class(labels):
+    x = tiny(len(labels), labels=labels)
+    assert int(x.labels.max()) < (x.n_classes or 1) and int(x.labels.min()) >= -1
+    for i, a in enumerate(labels):
+        for j, b in enumerate(labels):
+            if a == b and type(a) is type(b): assert x.labels[i] == x.labels[j]
+
+def test_sets_share_their_classes():
+    a, b = tiny(labels=['dog', 'cat', None, 'dog']), tiny(2, labels=['owl', 'cat'])
+    both = datasets.share_classes(dict(train=a, test=b, more=tiny(3)))
+    assert both['train'].classes == both['test'].classes == ['cat', 'dog',
+        'owl'] and both['more'].labels is None
+    assert both['train'].labels.tolist() == [1, 0, -1, 1] and both['test'].labels.tolist() == [2, 0]
+    same = dict(train=tiny(labels=[0, 1, 2, 5]), test=tiny(labels=[1, 1, 0, 0]))
+    assert datasets.share_classes(same) is same
+    mixed = datasets.share_classes(dict(a=tiny(labels=[0, 1, 2, 2]), b=tiny(2, labels=[BIG, 1])))
+    assert mixed['a'].classes == ['0', '1', '2', str(BIG)] and mixed['b'].labels.tolist() == [3, 1]
 
 seconds = st.floats(-1e11, 1e11)
 
@@ -144,7 +188,7 @@ def test_times_go_with_their_images(times, draw):
     assert x.times.dtype == torch.float64 and x[where].times.tolist() == [times[i] for i in where]
     assert x[:1].times.tolist() == times[:1] and x[torch.ones(len(times), dtype=bool)].times.tolist() == times
 
-def test_times_are_the_last_field(): assert list(vars(tiny()))[-1] == 'times' and tiny().times is None
+def test_new_fields_come_last(): assert list(vars(tiny()))[-2:] == ['times', 'facts'] and tiny().times is None
 
 @pytest.mark.parametrize('words, times', [
     ('need 4 times', [1, 2]), ('need 4 times', np.ones((4, 1))), ('image 2 is nan', [0, 1, np.nan, 2]),
@@ -215,9 +259,8 @@ def float_with(value):
 @pytest.mark.parametrize('words, source', [
     ('Image 1500 holds NaN', float_with(np.nan)), ('Image 1500 holds NaN', float_with(np.inf)),
     ('from 0.5 to 1.01', float_with(1.01)), ('from -0.01 to 0.5', float_with(-.01)),
-    ('from 0 to 255', np.linspace(0, 255, 16).reshape(4, 1, 2, 2)),
-    ('torch.int64', np.ones((2, 1, 2, 2), int)), ('torch.bool', np.ones((2, 1, 2, 2), bool)),
-    ('torch.uint16', np.ones((2, 1, 2, 2), np.uint16)),
+    ('between 0 and 65535', np.full((2, 1, 2, 2), 70_000)),
+    ('from -1 to 9', np.arange(-1, 10).repeat(8).reshape(-1, 2, 4)),
     ('torch.complex64', np.ones((2, 1, 2, 2), np.complex64)),
     ('<U1', np.full((2, 1, 2, 2), 'a')), ('object', np.full((2, 1, 2, 2), None)),
     ('1797×64', np.ones((1797, 64))), ('shape 8', np.ones(8)), ('shape 1 are', np.ones(())),
@@ -228,6 +271,26 @@ def float_with(value):
     ('no image in this set', numbered(3)[:0])],
     ids=lambda v: v if isinstance(v, str) else '')
 def test_bad_arrays(words, source): refused(words, as_image_set, source)
+
+STEPS = {1: 1, 2: 16, 16: 16, 17: 255, 255: 255, 256: 1023, 1023: 1023, 1024: 4095, 4096: 16383, 16384: 65535}
+
+@given(st.sampled_from([*STEPS]), st.sampled_from(['uint16', 'int32', 'int64', 'uint32', 'float32', '>u2']),
+       st.integers(0, 2**32 - 1))
+def test_the_highest_value_of_the_set_decides_what_white_is(high, dtype, seed):
+    x = np.random.default_rng(seed).integers(0, high + 1, (5, 1, 2, 2))
+    x[seed % 5, 0, 1, 0] = high
+    found = as_image_set(x.astype(dtype))
+    assert found.facts['white'] == STEPS[high]
+    assert (found.images.numpy() == np.rint(x*(255/STEPS[high]))).all()
+    one = as_image_set(x[:1].astype(dtype), white=STEPS[high])   # as for training, whatever is in it
+    assert one.images.equal(found.images[:1])
+
+def test_numbers_that_say_black_or_white():
+    x = np.arange(8).reshape(2, 1, 2, 2) % 2 == 0
+    assert as_image_set(x).images.unique().tolist() == [0, 255]
+    assert not as_image_set(np.zeros((2, 4, 4), int)).images.any()
+    assert 'white' not in as_image_set(np.zeros((2, 4, 4), np.uint8)).facts
+    refused('between 0 and 1,', as_image_set, np.full((2, 4, 4), 300), white=1)
 
 def test_asks_for_the_right_shape():
     refused('2×3 pixels', as_image_set, numbered(3), size=2)
@@ -274,6 +337,39 @@ def test_wide_integers(folder):
     for value in (70_000, -1):
         path = save(folder/'x.tif', np.full((8, 8), value, np.int32))
         assert 'where 0 to 65535 is understood' in data.try_decode(path, 8, 1)
+
+@pytest.mark.parametrize('bits', [8, 10, 12, 14, 16])
+@pytest.mark.parametrize('kind', ['tif', 'png', 'float'])
+def test_counts_of_few_bits_in_deep_files(folder, bits, kind):
+    x = np.random.default_rng(bits).integers(0, 2**bits, (4, 8, 8))
+    x[2, 0, 0] = 2**bits - 1   # the brightest of all; the others alone would ask for another step
+    dark = [[[1]], [[9]], [[1]], [[5]]]
+    for i, image in enumerate(x//dark):
+        if kind == 'float': save(folder/f'{i}.tif', image.astype(np.float32))
+        else: save(folder/f'{i}.{kind}', image.astype(np.uint16))
+    for found in (image_folder(folder), datasets.image_folder(folder, cache=folder.parent/'cache')):
+        assert found.facts['white'] == 2**bits - 1
+        want = np.rint(x//dark*(255/(2**bits - 1)))
+        assert np.abs(found.images[:, 0].numpy() - want).max() <= 1
+    alone = image_folder(folder, white=2**bits - 1)
+    assert alone.images.equal(found.images)
+
+def test_beyond_white_is_left_out(folder):
+    for i, high in enumerate((200, 5000)): save(folder/f'{i}.png', np.full((4, 4), high, np.uint16))
+    found = image_folder(folder, white=255)
+    assert found.images.unique().tolist() == [200] and 'where 0 to 255 is understood' in found.skipped[0][1]
+    (folder/'0.png').unlink()
+    refused('can be read', image_folder, folder, white=255)
+
+def test_gray_saved_in_color_is_gray(folder):
+    for i in range(70): save(folder/f'{i:02}.jpg', np.repeat(noise(9, 9)[..., None], 3, -1))
+    for i in range(3): save(folder/f'x{i}.png', np.dstack([noise(9, 9)]*3 + [noise(9, 9)]))
+    assert image_folder(folder).images.shape[1] == 1
+    assert image_folder(folder, channels=3).images.shape[1] == 3
+    x = np.repeat(noise(9, 9)[..., None], 3, -1)
+    x[4, 4, 1] ^= 1
+    save(folder/'y.png', x)
+    assert image_folder(folder).images.shape[1] == 3
 
 def over_white(color, alpha):
     a = alpha[..., None]/255
@@ -506,6 +602,33 @@ def test_subfolders_as_classes(folder):
     save(folder/'loose.png', noise(4, 4))
     assert image_folder(folder).labels is None
     refused('two subfolders', image_folder, folder, labels=True)
+
+@pytest.mark.parametrize('paths, classes, splits', [
+    (['train/cat/1.png', 'train/dog/1.png', 'val/cat/2.png'], ['cat', 'dog', 'cat'], ['train', 'train',
+        'test']),
+    (['cat/train/1.png', 'dog/Validation/1.png'], ['cat', 'dog'], ['train', 'test']),
+    (['pets/Train/cat/1.png', 'pets/TEST/dog/a/2.png'], ['cat', 'dog'], ['train', 'test']),
+    (['a/b/cat/1.png', 'a/b/dog/2.png'], ['cat', 'dog'], None),
+    (['train/1.png', 'test/2.png'], None, ['train', 'test']),
+    (['cat/1.png', 'train/2.png'], ['cat', 'train'], None),
+    (['train/1.png', 'bus/2.png'], ['train', 'bus'], None),
+    (['train/cat/1.png', 'train/dog/2.png'], ['cat', 'dog'], None), (['cat/1.png', '2.png'], None, None),
+    (['test/cat/1.png', 'val/dog/2.png'], ['test', 'val'], None)])
+def test_what_subfolders_mean(paths, classes, splits):
+    found, split = data.read_layout(paths)
+    assert split == splits and (found == classes if classes else None in found or len({*found}) == 1)
+    y, names = data.class_labels(paths)
+    assert y is None if not classes or len({*classes}) < 2 else [names[i] for i in y] == classes
+
+def test_results_of_a_run_are_no_data(folder):
+    for name in ('a/1.png', 'runs/x/figures/map.png', 'results/y/scan/confusion.png', 'scan/2.png',
+        'pretext/3.png'):
+        save(folder/name, noise(4, 4))
+    for stage in ('runs/x/pretext/simclr', 'results/y/scan'):
+        (folder/stage).mkdir(parents=True, exist_ok=True)
+        (folder/stage/'stage.json').write_text('{}')
+    assert [f.relative_to(folder).as_posix() for f in find_images(folder)] == ['a/1.png', 'pretext/3.png',
+        'scan/2.png']
 
 def test_one_subfolder_is_no_class(folder):
     save(folder/'all/1.png', noise(4, 4))

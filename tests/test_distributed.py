@@ -392,6 +392,8 @@ def test_torchrun(tmp_path):
                           env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if not line.startswith('Note: ')]
+    assert sum(line.startswith('1,500 train and 297 test images of 8×8 pixels, gray') for line in rows) == 1
+    rows = rows[[line.startswith('10 clusters') for line in rows].index(True):]
     names = [re.split(', percent|  +', row)[0] for row in rows]
     steps = ['k-means on pixels', 'k-means on features', 'Heads on fixed features', 'SCAN, the whole network',
              'Self-labelling']

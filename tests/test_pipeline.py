@@ -9,7 +9,7 @@ from sklearn.base import clone, is_clusterer
 from test_stages import (HOMES, OTHER, TINY, Killed, content, die_at_every_write, listing, never, plain,
                          three_digits, until_done)
 from torch.nn import functional as F
-from scan_nb import moco, pipeline, recipes, report, run_folder, selflabel, simclr, stages, training
+from scan_nb import moco, recipes, report, run_folder, selflabel, simclr, stages, training
 from scan_nb import scan as scan_lesson
 from scan_nb.data import ImageSet, UserError, digits
 from scan_nb.evaluate import cluster_metrics, kmeans_baseline
@@ -35,7 +35,7 @@ def _plain_map():
 @pytest.fixture(autouse=True)
 def _no_page(monkeypatch):
     "Seconds saved for each run; `whole` is made before, with a page."
-    monkeypatch.setattr(pipeline, 'write_report', lambda folder: None)
+    monkeypatch.setattr(report, 'write_report', lambda folder: None)
 
 @pytest.fixture(scope='module')
 def data(): return three_digits()
@@ -81,7 +81,7 @@ def test_the_folder_holds_everything(whole):
     names = {f.relative_to(whole[1]).as_posix() for f in whole[1].rglob('*') if f.is_file()}
     assert names >= {*TOP, 'report.html', 'figures/map.png', 'selflabel/compare.pth.tar',
                      *(f'{home}/model.pth.tar' for home in HOMES)}
-    assert not [name for name in names if '/.' in f'/{name}']
+    assert [name for name in names if '/.' in f'/{name}'] == ['.lock']
 
 def test_files_agree_with_attributes(whole, data):
     scan, folder = whole
@@ -205,6 +205,34 @@ def test_held_out_images(data, tmp_path):
         assert [int(r['cluster']) for r in rows] == scan.predict(part).tolist()
     alone = tiny().fit(train)
     np.testing.assert_array_equal(alone.labels_, scan.labels_)
+
+@pytest.mark.parametrize('labels', [
+    ['cat', 'dog', 'owl']*30, ['cat', None, float('nan'), 'dog', '']*18, [10_000_019, 7, -1]*30,
+    [2**70, 1, 1]*30, [-1]*89 + ['one'], [.5, 1.5, 2.5]*30, [True, False, None]*30, [b'x', 3, 'x']*30])
+def test_labels_of_any_kind(data, blind, labels):
+    "They only grade: the clusters are those without labels, and what can be graded is."
+    scan = tiny().fit(data.images, labels, test=data.images[:9])
+    assert (scan.labels_ == blind.labels_).all() and 'acc' in scan.metrics_['splits']['train']
+    assert 'acc' not in scan.metrics_['splits']['test']
+    assert len(scan.metrics_['classes']) == scan.metrics_['stages']['scan']['splits']['train']['n_classes']
+    assert 0 < scan.score(data.images, labels) <= 1
+
+def test_held_out_labels_mean_the_same_classes(data):
+    x = data.images
+    words = ['cat', 'dog', 'owl']*30
+    scan = tiny().fit(x, words, test=ImageSet(x[:9], ['owl', 'cat', None]*3))
+    assert scan.metrics_['classes'] == ['cat', 'dog', 'owl']
+    alone = tiny().fit(x, None, test=ImageSet(x[:9], ['owl', 'cat', None]*3))
+    assert 'acc' in alone.metrics_['splits']['test'] and 'acc' not in alone.metrics_['splits']['train']
+
+def test_files_keep_their_paths_and_one_image_is_understood(data, tmp_path):
+    for i, x in enumerate(data.images[:30, 0].numpy()):
+        Image.fromarray(np.dstack([x, x//2, x])).save(tmp_path/f'{i:02}.png')
+    scan = tiny().fit(tmp_path)
+    assert scan.paths_ == [f'{i:02}.png' for i in range(30)]
+    one = torch.as_tensor(np.asarray(Image.open(tmp_path/'07.png'))).permute(2, 0, 1)
+    same = {scan.predict(x).tolist()[0] for x in (one, one[None], one.permute(1, 2, 0), one.numpy())}
+    assert same == {scan.labels_[7]}
 
 @pytest.mark.parametrize('labeled', ['train', 'test'])
 def test_only_some_images_have_labels(labeled, data, tmp_path):
@@ -375,7 +403,7 @@ def test_a_folder_at_home(data, tmp_path, monkeypatch):
     (tmp_path/'new').mkdir()
     monkeypatch.setenv('HOME', str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, 'write_report', write_report)
+    monkeypatch.setattr(report, 'write_report', write_report)
     scan = tiny('~/new', recipe=TINY.change({'scan.epochs': 0, 'selflabel.epochs': 0})).fit(data)
     assert [f.name for f in tmp_path.iterdir()] == ['new'] and (tmp_path/'new/report.html').exists()
     assert (SCAN.load('~/new', 'cpu').predict(data) == scan.labels_).all()
@@ -424,22 +452,21 @@ def damaged(kind):
     x = np.random.default_rng(0).random((96, 8, 8)).astype(np.float32)
     if kind == 'nan': x[7, 2, 2] = np.nan
     if kind == 'infinite': x[7, 2, 2] = np.inf
-    if kind == 'range': x *= 255
-    return {'int64': np.zeros((9, 8, 8), np.int64), 'flat': x[0, 0], 'text': np.array(['a']), 'bool': x > .5,
+    if kind == 'range': x = x*255 - 9
+    return {'complex': np.zeros((9, 8, 8), complex), 'flat': x[0, 0], 'text': np.array(['a']),
             'empty': np.zeros((0, 8, 8), np.uint8), 'object': object(), 'list': [1, 2],
             'none': None}.get(kind, x)
 
 @pytest.mark.parametrize('kind, said', [
-    ('nan', 'Image 7'), ('infinite', 'Image 7'), ('range', r'\[0, 1\]'), ('int64', 'int64'),
-    ('flat', 'shape'), ('text', 'type'), ('bool', 'bool'), ('empty', 'no image'), ('object', 'object'),
+    ('nan', 'Image 7'), ('infinite', 'Image 7'), ('range', 'from -8.97'), ('complex', 'complex'),
+    ('flat', 'shape'), ('text', 'type'), ('empty', 'no image'), ('object', 'object'),
     ('list', 'list'), ('none', 'None')])
 def test_wrong_arrays(kind, said, whole, tmp_path):
     for use in (tiny(tmp_path/'run').fit, whole[0].predict, whole[0].transform):
         with pytest.raises(UserError, match=said): use(damaged(kind))
     assert not (tmp_path/'run').exists()
 
-WRONG_LABELS = dict(few=[0, 1], negative=[-2]*90, fractions=[.5]*90, square=[[0]*90], text=['a']*90,
-                    ragged=[[1], [1, 2]], mapping={}, nothing=[None]*90)
+WRONG_LABELS = dict(few=[0, 1], square=[[0]*90], ragged=[[1], [1, 2]], mapping={})
 
 @pytest.mark.parametrize('kind', WRONG_LABELS)
 def test_wrong_labels(kind, whole, data, tmp_path):

@@ -326,7 +326,7 @@ def test_a_wrong_key_is_named_with_the_closest(load, tmp_path, change, wrong, me
     (dict(channels=2), 'channels: channels is 2: give 1 or 3 or null'),
     (dict(prior=[1, 2]), 'prior: prior is .*: give one share for each of 10 clusters'),
     (dict(prior=[0]*10), 'prior is'),
-    (dict(prior='guess'), "prior is 'guess': give a list of numbers of at least 1e-09 or estimate or null"),
+    (dict(prior='guess'), "prior is 'guess': give a list of numbers from 1e-06 to 1000000 or estimate"),
     (dict(scheduler='step'), "'step' needs lr_decay_epochs"), (dict(seed=2**32), 'seed: seed is'),
     (dict(optimizer_kwargs__nesterov=True, optimizer_kwargs__momentum=0), 'nesterov needs a momentum'),
     (dict(setup='rotnet'), "setup is 'rotnet': give simclr, moco, scan, selflabel"),

@@ -301,7 +301,7 @@ def test_the_model_of_a_run_is_that_of_its_last_stage(made):
 def test_a_model_is_written_with_what_it_needs(tmp_path):
     (tmp_path/'recipe.yml').write_bytes(run_folder.to_yaml(dict(pretext=SIMCLR)).encode())
     model = make_model(SIMCLR, SHAPE, Normalize([.4], [.3]))
-    write_model(tmp_path, model, SHAPE, 'pretext')
+    write_model(tmp_path, model, SHAPE, SIMCLR)
     back, _, _ = read_model(tmp_path)
     assert equal_weights(model, back)
     assert float(back.normalize.state_dict()['mean']) == pytest.approx(.4)
@@ -482,6 +482,19 @@ def test_their_neighbors_begin_with_the_image_itself(tmp_path):
     assert torch.equal(Outcome.read(file, SIMCLR, SHAPE).neighbors, ours.neighbors)
     file = theirs(tmp_path/'ours', ours.weights['model'], ours.neighbors.numpy())
     assert torch.equal(Outcome.read(file, SIMCLR, SHAPE).neighbors, ours.neighbors)
+
+@pytest.mark.parametrize('seed', range(5))
+def test_their_neighbors_hold_the_image_itself_in_any_column(tmp_path, seed):
+    "Behind exact copies, or not at all where there are many."
+    rng, ours = np.random.default_rng(seed), outcome(SIMCLR)
+    near = ours.neighbors.numpy()
+    rows, want = [], []
+    for i, row in enumerate(near):
+        at = rng.integers(len(row) + 2)   # beyond the last: it is not there
+        rows.append([*row[:at], i, *row[at:]] if at <= len(row) else [*row, (row[-1] + 1) % N])
+        want.append(row)
+    file = theirs(tmp_path/'theirs', ours.weights['model'], np.array(rows))
+    assert Outcome.read(file, SIMCLR, SHAPE).neighbors.tolist() == np.array(want).tolist()
 
 def test_another_file_beside_ours_is_not_taken_for_it(run):
     "Weights under another name are a foreign file, even in the folder of a stage."

@@ -7,7 +7,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from scan_nb import scan
 from scan_nb.augment_fast import SimCLRAugment
 from scan_nb.data import UserError, digits
-from scan_nb.evaluate import cluster_metrics
+from scan_nb.evaluate import cluster_metrics, label_free_metrics
 from scan_nb.models import ClusterHeads, ClusteringModel, small_resnet
 from scan_nb.neighbors import embed
 from scan_nb.neighbors_fast import mine_neighbors
@@ -257,21 +257,34 @@ def test_health_of_known_clusterings():
     'change, words',
     [
         ({}, ''),
-        (dict(effective_clusters=1.0), 'All images fell into one cluster'),
-        (dict(effective_clusters=4.0), 'Only about 4.0 of 10'),
+        (dict(effective_clusters=1.0, balance=0.1), 'into one cluster: raise the entropy weight'),
+        (dict(effective_clusters=4.0, balance=0.4), 'about 4.0 clusters are in use where 10.0 are'),
+        (dict(effective_clusters=2.0, balance=0.5), 'about 2.0 clusters are in use where 4.0 are'),
+        (dict(effective_clusters=1.0, balance=1.0), ''),
         (dict(agreement=0.2), 'Fewer than half of the neighbors'),
         (dict(confidence=0.3), 'undecided'),
     ],
 )
 def test_diagnosis_in_words(change, words):
-    found = diagnose(dict(effective_clusters=9.9, agreement=0.9, confidence=0.9) | change, 10)
+    found = diagnose(dict(effective_clusters=9.9, balance=0.99, agreement=0.9, confidence=0.9) | change, 10)
     assert words in found and bool(words) == bool(found)
 
 
+def test_advice_fits_the_cause():
+    collapsed = dict(effective_clusters=1.0, balance=0.1, agreement=0.9, confidence=0.3)
+    assert 'raise the entropy weight, 0.5 now' in diagnose(collapsed, 10, 0.5)
+    assert 'copies of one another' in diagnose(collapsed, 10, alike=True)
+    assert 'raise' not in diagnose(collapsed, 10, alike=True)
+    assert 'lower the entropy weight, 5 now' in diagnose(collapsed, 10)
+    assert 'lower' not in diagnose(collapsed, 10, 0.0)
+
+
 def test_got_worse():
-    before = dict(effective_clusters=10.0, agreement=0.9)
+    before = dict(effective_clusters=10.0, balance=1.0, agreement=0.9)
     assert got_worse(before, before) == ''
-    assert 'effective clusters fell' in got_worse(before, before | dict(effective_clusters=9.0))
+    fewer = before | dict(effective_clusters=9.0)
+    assert got_worse(before, fewer) == ''  # as uneven as the prior says
+    assert 'effective clusters fell' in got_worse(before, fewer | dict(balance=0.9))
     assert 'agreement of neighbors fell' in got_worse(before, before | dict(agreement=0.8))
 
 
@@ -400,9 +413,11 @@ def test_validation_and_health_know_the_prior(blobs):
     loss = validate_scan(sure, neighbors, 5.0, prior=prior)
     assert loss.total.item() == pytest.approx(-5 * math.log(5), abs=0.01)
     assert validate_scan(sure, neighbors, 5.0).total > loss.total + 1
-    assert clustering_health(sure, neighbors, prior=prior)['effective_clusters'] == pytest.approx(5, abs=0.01)
+    known, unknown = (clustering_health(sure, neighbors, prior=p) for p in (prior, None))
+    assert known['balance'] == pytest.approx(1, abs=0.01) and unknown['balance'] < 0.6
+    assert known['effective_clusters'] == unknown['effective_clusters']
+    assert known['effective_clusters'] == label_free_metrics(sure.softmax(1))['effective_clusters']
     assert diagnose(clustering_health(sure, neighbors, prior=prior), 5) == ''
-    assert clustering_health(sure, neighbors)['effective_clusters'] < 3
     assert clustering_health(sure, neighbors, prior=prior)['val_loss'] == pytest.approx(loss.total.item())
 
 

@@ -62,12 +62,14 @@ def plain(value):
     if isinstance(value, dict): return {k: plain(v) for k, v in value.items() if k != 'seconds'}
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
+def files(folder): return [f for f in folder.rglob('*') if f.is_file() and f.name != '.lock']
+
 def content(folder):
     "Every file of a run."
     def read(file):
         if file.suffix == '.tar': return plain(torch.load(file, weights_only=True))
         return plain(json.loads(file.read_text())) if file.suffix == '.json' else file.read_bytes()
-    return {f.relative_to(folder).as_posix(): read(f) for f in folder.rglob('*') if f.is_file()}
+    return {f.relative_to(folder).as_posix(): read(f) for f in files(folder)}
 
 def of_stages(folder): return {name: value for name, value in content(folder).items() if '/' in name}
 
@@ -76,7 +78,7 @@ def result(outcome):
     names = 'weights', 'neighbors', 'embeddings', 'steps', 'history', 'clusters', 'note'
     return {name: plain(getattr(outcome, name)) for name in names}
 
-def listing(folder): return {f: f.read_bytes() for f in folder.rglob('*') if f.is_file()}
+def listing(folder): return {f: f.read_bytes() for f in files(folder)}
 
 def never(*a, **k): raise AssertionError('done once more')
 
@@ -96,7 +98,7 @@ def test_each_stage_leaves_its_files(whole):
               'metrics.json', 'metrics.jsonl', 'topk-train-neighbors.npy'}
     own = {'pretext/simclr': {'embeddings.npy'}, 'scan': {'heads.pth.tar'}, 'selflabel': set()}
     for name, more in own.items(): assert {f.name for f in (whole[1]/name).iterdir()} == common | more
-    assert {f.name for f in whole[1].iterdir()} == {*PARTS, 'recipe.yml', 'model.safetensors'}
+    assert {f.name for f in whole[1].glob('[!.]*')} == {*PARTS, 'recipe.yml', 'model.safetensors'}
 
 def test_models_have_the_authors_layout(whole):
     pretext, scan, selflabel = (torch.load(o.file, weights_only=True) for o in whole[0])
