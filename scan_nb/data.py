@@ -90,7 +90,8 @@ def whole_numbers(
     "Are they integers of at most 64 bits?"
     if isinstance(labels, Tensor): return not (labels.is_floating_point() or labels.is_complex() or
                                                labels.dtype in (torch.bool, torch.uint64))
-    return all(isinstance(v, int) and type(v) is not bool and abs(v) < 2**63 for v in labels.tolist())
+    values = (v.item() if isinstance(v, np.generic) else v for v in labels.tolist())
+    return all(isinstance(v, int) and type(v) is not bool and abs(v) < 2**63 for v in values)
 
 # %% ../nbs/00_data.ipynb #af3ee809
 def check_labels(

@@ -193,6 +193,8 @@ def random_partners(
 # %% ../nbs/09_scan.ipynb #41361e32
 def _heads_step(heads, pick, neighbors, entropy_weight, prior, generator):
     "One step of all heads for `train`: the sum of their losses; `pick` gives embeddings of indices."
+    if not 0 <= entropy_weight < math.inf:
+        raise UserError(f'The entropy weight is {entropy_weight}: give a number from 0 up.')
     def step(indices):
         both = torch.cat([indices, random_partners(neighbors, indices, generator)])
         logits = (gather(x, 1) for x in heads(pick(both)).chunk(2, 1))
@@ -203,6 +205,7 @@ def _heads_step(heads, pick, neighbors, entropy_weight, prior, generator):
 # %% ../nbs/09_scan.ipynb #b90c0001
 def _picker(z, views, mean, std, generator):
     "Function(indices) -> standardized embeddings: of the images, or of a random view of each. UserError."
+    if not z.isfinite().all(): raise UserError('Embeddings must be finite, and far below 1e38: look at them.')
     if views is None: return lambda indices: z[indices]
     if views.ndim != 3 or views.shape[1:] != z.shape:
         raise UserError(f'views of shape {tuple(views.shape)} do not belong to embeddings of shape '
@@ -294,9 +297,6 @@ def train_heads(
     prior = find_prior(prior, n_clusters, lambda: embeddings, seed)
     mean, std = embeddings.mean(0), embeddings.std(0).clamp_min(1e-6)
     z, generator = (embeddings - mean)/std, make_generator(seed, embeddings.device)
-    if not z.isfinite().all(): raise UserError('Embeddings must be finite, and far below 1e38: look at them.')
-    if not 0 <= entropy_weight < math.inf:
-        raise UserError(f'The entropy weight is {entropy_weight}: give a number from 0 up.')
     with seeded(seed): heads = ClusterHeads(z.shape[1], n_clusters, n_heads).to(z.device)
     pick = _picker(z, views, mean, std, generator)
     step = _heads_step(heads, pick, neighbors, entropy_weight, prior, generator)

@@ -239,6 +239,27 @@ def test_neighbors_of_another_set(blobs):
             train_heads(z, wrong, 5)
 
 
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (dict(z=math.nan), 'must be finite'),
+        (dict(z=math.inf), 'must be finite'),
+        (dict(kind=torch.bool), 'do not belong'),
+        (dict(kind=torch.float32), 'do not belong'),
+        (dict(entropy_weight=math.nan), 'entropy weight is nan'),
+        (dict(entropy_weight=-1.0), 'entropy weight is -1'),
+    ],
+    ids=str,
+)
+def test_wrong_numbers_for_heads_come_before_the_first_epoch(blobs, change, words):
+    z, neighbors, _ = blobs
+    z = z.clone()
+    z[3, 1] = change.pop('z', 0.0)
+    kind = change.pop('kind', torch.int64)
+    with pytest.raises(UserError, match=words):
+        train_heads(z, neighbors.to(kind), 5, epochs=1, n_heads=2, **change)
+
+
 def test_health_of_known_clusterings():
     neighbors = torch.tensor([[1], [0], [3], [2]])
     even = clustering_health(20 * torch.eye(2)[[0, 0, 1, 1]], neighbors)
