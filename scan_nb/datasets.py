@@ -889,6 +889,12 @@ def load_splits(
     return images
 
 # %% ../nbs/00a_datasets.ipynb #00aa0011
+def one_line(
+    text: str, # with names of files or classes, which may hold line ends
+) -> str:
+    "Each stretch of white space as one space."
+    return ' '.join(text.split())
+
 def _duplicates(images):
     "How many are exactly like one before; of a large set, which is not looked through, none."
     if images.nbytes > 2**31: return 0
@@ -925,12 +931,13 @@ def describe(
     if white := data.facts.get('white'): lines[0] += f'; values from 0 to {white:,g} are black to white'
     lines[0] += '.'
     if where := data.facts.get('splits'): lines[0] = f'{lines[0][:-1]}; {where} say which is which.'
-    if data.labels is None: return lines + ['No labels: nothing is graded.'] + _left_out(data)
+    more = _left_out(data)
+    if data.labels is None: return [*map(one_line, [*lines, 'No labels: nothing is graded.', *more])]
     names, known = data.classes or range(data.n_classes), int((data.labels >= 0).sum())
     some = ', '.join(map(str, names[:5])) + ' …'*(len(names) > 5)
     where = f", from {data.facts['labels']}" if 'labels' in data.facts else ''
     lines.append(f'{len(names)} classes, {some}, of {known:,} images{where}: they only grade.')
-    return lines + _left_out(data)
+    return [*map(one_line, lines + more)]
 
 # %% ../nbs/00a_datasets.ipynb #00aa0004
 def fingerprint_images(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .data import ImageSet, UserError, show_images
-from .datasets import describe
+from .datasets import describe, one_line
 from .distributed import from_first, place
 from .evaluate import confusion, contingency, grade, hungarian_match, kmeans_baseline, majority_match
 from .neighbors import center_crop, embed
@@ -154,7 +154,7 @@ def _notes(outcome, skipped): # skipped: (path, reason) of files that could not 
     notes, n = [outcome.note]*bool(outcome.note), len(skipped)
     if n: notes.append(f"{n} file{'s'*(n > 1)} could not be read and {'were' if n > 1 else 'was'} left out, "
                        "such as '{}' ({}).".format(*skipped[0]))
-    return notes
+    return [*map(one_line, notes)]
 
 # %% ../nbs/12a_report.ipynb #12a00013
 def _names(data, probabilities): # of clusters, if there are any: that of their class

@@ -166,6 +166,19 @@ def test_a_home_folder_and_a_name_that_is_no_text(tmp_path):
     known = read((tmp_path/'run/clusters.csv').read_text(errors='surrogateescape'))
     assert len(known) == 60 and odd[0] in [row['path'] for row in known]
 
+def test_names_with_line_ends(tmp_path, capsys, no_figures):
+    for i, x in enumerate(digits().images[:20, 0]):
+        folder = tmp_path/'in'/f'{"ab"[i % 2]}\nc'
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x.numpy()).save(folder/f'{i}\n.png')
+    (tmp_path/'in/a\nc/x\r\ny.png').touch()
+    assert main(['run', str(tmp_path/'in'), '--out', str(tmp_path/'run'), *TINY]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1] == '2 classes, a c, b c, of 20 images, from the subfolders: they only grade.'
+    assert "1 unreadable, such as 'a c/x y.png' (an empty file)" in said[2] and 'Results' in said[3]
+    with open(tmp_path/'run/clusters.csv', newline='') as f: rows = list(csv.DictReader(f))
+    assert {r['path'] for r in rows} == {f'{"ab"[i % 2]}\nc/{i}\n.png' for i in range(20)}
+
 def test_a_run_says_what_it_understood(tmp_path, capsys, no_figures):
     "Splits and classes from folders; what was left out; copies; results of a run are no data."
     folder = tmp_path/'d'
