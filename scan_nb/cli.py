@@ -109,12 +109,13 @@ def _find_stage(args, name=None): # its recipe, complete; images; folder of the 
 def _stage(args): # of simclr, moco, scan or selflabel
     "scan-nb simclr, moco, scan, selflabel: one stage, from the result of the one before."
     from scan_nb.report import summarize
-    from scan_nb.run_folder import alone_in, read_run
+    from scan_nb.files import alone_in
+    from scan_nb.run_folder import check_folder, read_run
     from scan_nb.stages import RUN, Stage
     recipe, images, folder, options = _find_stage(args, args.name)
     stage = Stage(recipe, images, folder, **options)
     before = None if recipe.stage == 'pretext' else stage.find_start(args.start)
-    with alone_in(folder, 2**24 + stage.room):
+    with alone_in(check_folder(folder), 2**24 + stage.room):
         RUN[recipe.stage](recipe, images, before, folder, **options)
         summarize(read_run(folder), images, folder, options['device'])
 
@@ -124,7 +125,7 @@ def _predict(args): # run, files, out, device
     from scan_nb.data import ImageSet, UserError, choose_shape, find_images, read_images
     from scan_nb.pipeline import SCAN
     from scan_nb.report import read_metrics
-    from scan_nb.run_folder import write_clusters, writing
+    from scan_nb.files import write_clusters, writing
     files, metrics = [], Path(args.run).expanduser()/'metrics.json'
     for path in map(Path, args.files):
         if not path.exists(): raise UserError(f"There is no file '{path}': check the path.")

@@ -21,7 +21,8 @@ from .neighbors import center_crop, embed
 from .recipe_files import PRESETS, find_recipe, to_yaml
 from .recipes import Recipe
 from .report import summarize
-from .run_folder import open_folder, read_model, write_model, writing
+from .files import writing
+from .run_folder import open_folder, read_model, write_model
 from .scan import logits_of
 from .stages import estimate_seconds, run_stages
 from .training import pick_device

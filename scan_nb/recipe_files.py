@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from .augment_fast import StrongAugment
 from .data import UserError, closest
+from .files import parse_yaml
 from .recipes import (BACKBONE_OPTIONS, OURS, PARTS, STAGES, VIEWS, Recipe, StageRecipe, _flat,
                              change)
 
@@ -110,19 +111,6 @@ def find_config(
         if given.as_posix() in (path, file.name): return file
     raise UserError(f"There is no file '{name}', here or among the recipes of the package: "
                     f"did you mean '{closest(given.as_posix(), shipped)}'?")
-
-# %% ../nbs/11a_recipe_files.ipynb #d5763b40
-def parse_yaml(
-    text: str, # a document
-) -> object:   # what it holds
-    "YAML as people write it: references, which could be endless, and deep nesting are errors of yaml, too."
-    import yaml
-    loader, depth = getattr(yaml, 'CSafeLoader', yaml.SafeLoader), 0   # in C ten times as fast
-    for event in yaml.parse(text, loader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > 20 or isinstance(event, yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem_mark=event.start_mark)
-    return yaml.load(text, loader)
 
 # %% ../nbs/11a_recipe_files.ipynb #eff46530
 def _load_mapping(file): # as for `find_config`

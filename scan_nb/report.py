@@ -20,9 +20,9 @@ from .distributed import from_first, place
 from .evaluate import confusion, contingency, grade, hungarian_match, kmeans_baseline, majority_match
 from .neighbors import center_crop, embed
 from .neighbors_fast import score_neighbors
-from .recipe_files import parse_yaml
 from .recipes import _flat
-from .run_folder import Outcome, do_each, write_clusters, write_text, writing
+from .files import do_each, parse_yaml, write_clusters, write_text, writing
+from .run_folder import Outcome
 from .scan import logits_of
 from .training import Checkpoint
 from .visualize import (cluster_color, embed_2d, pick_examples, plot_confusion, plot_embedding,

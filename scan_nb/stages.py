@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from .data import ImageSet, UserError
 from .distributed import check_shares, from_first, place
 from .evaluate import cluster_metrics, grade
+from .files import alone_in
 from .models import ContrastiveModel, SideBySide, load_weights, select_head
 from .moco import load_moco_v2, train_moco
 from .neighbors import center_crop, embed, mutual_neighbors, whiten
 from .neighbors_fast import mine_neighbors, score_neighbors, weighted_knn
 from .recipes import PretextRecipe, Recipe, ScanRecipe, SelfLabelRecipe, StageRecipe, make_views
-from .run_folder import Outcome, alone_in, make_model, make_normalize, open_folder
+from .run_folder import Outcome, check_folder, make_model, make_normalize, open_folder
 from .scan import (check_neighbors, clustering_health, diagnose, find_prior, logits_of, train_heads,
                           train_scan)
 from .selflabel import train_selflabel
@@ -357,7 +358,7 @@ def run_stages(
     found = []
     stages = {name: r for name, r in recipe.stages.items() if r.epochs or name == 'scan'}
     every = [Stage(r, images, folder, **options) for r in stages.values()]
-    with alone_in(folder, 2**24 + sum(stage.room for stage in every)):
+    with alone_in(folder and check_folder(folder), 2**24 + sum(stage.room for stage in every)):
         if folder: open_folder(folder, stages.values(), images, every[0].device)
         if ready: ready()
         for name, r in stages.items():

@@ -4,14 +4,15 @@ from pathlib import Path
 import numpy as np
 import pytest, torch, yaml
 from PIL import Image
-from scan_nb import data as lesson, report, run_folder
+from scan_nb import data as lesson, files, report
 from scan_nb.cli import main
 from scan_nb.data import UserError, digits, image_folder
 from scan_nb.datasets import image_folder as cached_folder
 from scan_nb.pipeline import SCAN
 from scan_nb.recipe_files import find_recipe, load_env, to_yaml
 from scan_nb.recipes import LIMITS
-from scan_nb.run_folder import alone_in, read_run
+from scan_nb.files import alone_in
+from scan_nb.run_folder import read_run
 from test_stages import TINY, three_digits
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -149,10 +150,10 @@ def test_one_flipped_bit_is_named_or_harmless(run, pictures, capsys):
     "In any file of a run. The clusters of `predict` and those of each stage never change silently."
     def look():
         return SCAN.load(run).predict(str(pictures)).tolist(), [repr(o.clusters) for o in read_run(run)]
-    files = sorted(p for p in run.rglob('*') if p.is_file() and p.stat().st_size)
+    every = sorted(p for p in run.rglob('*') if p.is_file() and p.stat().st_size)
     rng, want, named = random.Random(0), look(), 0
     for _ in range(60):
-        file = rng.choice(files)
+        file = rng.choice(every)
         raw = file.read_bytes()
         wrong, at = bytearray(raw), rng.randrange(len(raw))
         wrong[at] ^= 1 << rng.randrange(8)
@@ -213,7 +214,7 @@ def test_one_result_that_cannot_be_written_costs_no_other(pictures, tmp_path, ca
     assert there >= {'metrics.json', 'examples.npz', 'report.html', 'model.safetensors', 'recipe.yml'}
 
 def test_too_little_room_is_said_before_the_first_epoch(pictures, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run_folder, 'disk_usage', lambda folder: type('Usage', (), dict(free=3 << 20)))
+    monkeypatch.setattr(files, 'disk_usage', lambda folder: type('Usage', (), dict(free=3 << 20)))
     said = refused(capsys, 'run', pictures, '--out', tmp_path/'run', *SMALL)
     assert 'has room for 3' in said and not list((tmp_path/'run').glob('**/*.tar'))
 

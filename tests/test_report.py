@@ -17,7 +17,7 @@ from scan_nb.recipes import Recipe
 from scan_nb.report import (STAGE_NAMES, choose_images, compare, describe_classes, draw_confusion,
                             draw_figures, draw_prototypes, read_examples, read_metrics, save_examples,
                             summarize, table_of_scores, write_report)
-from scan_nb.run_folder import write_clusters
+from scan_nb.files import write_clusters
 from scan_nb.stages import run_pretext, run_scan, run_selflabel
 
 pytestmark = pytest.mark.usefixtures('one_thread')

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from scan_nb import run_folder
+from scan_nb import files, run_folder
 from scan_nb.augment import Normalize
 from scan_nb.data import ImageSet, UserError
 from scan_nb.models import ClusteringModel, ContrastiveModel, SideBySide
 from scan_nb.recipe_files import load_stages
 from scan_nb.recipes import PARTS, PretextRecipe, ScanRecipe, SelfLabelRecipe
 from scan_nb.run_folder import (Outcome, make_model, make_normalize, open_folder, read_model, read_run,
-                                write_model, writing)
+                                write_model)
+from scan_nb.files import writing
 from scan_nb.training import Checkpoint
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -201,7 +202,7 @@ def test_the_model_is_written_last(tmp_path, monkeypatch):
     assert order[-1] == 'model.pth.tar' and Counter(order)['model.pth.tar'] == 1
 
 def test_the_other_processes_write_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, 'place', lambda: (1, 2))
+    for room in (run_folder, files): monkeypatch.setattr(room, 'place', lambda: (1, 2))
     outcome(SIMCLR).write(tmp_path)
     assert listing(tmp_path) == {}
 
