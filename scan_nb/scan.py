@@ -177,6 +177,8 @@ def check_neighbors(
     if not whole or neighbors.ndim != 2 or len(neighbors) != n or neighbors.min() < 0 or neighbors.max() >= n:
         raise UserError(f'neighbors of shape {tuple(neighbors.shape)} do not belong to {n} images: '
                         f'give N×K indices from 0 to {n - 1}, as mine_neighbors does')
+    if images.is_floating_point() and not images.isfinite().all():
+        raise UserError('Embeddings must be finite, but some are NaN or infinite: did the training diverge?')
     if not 2 <= n_clusters <= n:
         raise UserError(f'n_clusters is {n_clusters}: give at least 2 and at most the {n} images')
 
@@ -205,7 +207,6 @@ def _heads_step(heads, pick, neighbors, entropy_weight, prior, generator):
 # %% ../nbs/09_scan.ipynb #b90c0001
 def _picker(z, views, mean, std, generator):
     "Function(indices) -> standardized embeddings: of the images, or of a random view of each. UserError."
-    if not z.isfinite().all(): raise UserError('Embeddings must be finite, and far below 1e38: look at them.')
     if views is None: return lambda indices: z[indices]
     if views.ndim != 3 or views.shape[1:] != z.shape:
         raise UserError(f'views of shape {tuple(views.shape)} do not belong to embeddings of shape '

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest, torch
 import torch.distributed as dist
 from PIL import Image
-from scan_nb import distributed, moco, report, run_folder, training
+from scan_nb import distributed, files as files_room, moco, report, training
 from scan_nb.augment_fast import SimCLRAugment
 from scan_nb.cli import main
 from scan_nb.data import UserError, atomic_write, digits
@@ -325,7 +325,7 @@ def slow_disk():
     def slowly(path):
         time.sleep(.1)
         return atomic_write(path)
-    if os.environ['RANK'] == '0': run_folder.atomic_write = training.atomic_write = slowly
+    if os.environ['RANK'] == '0': files_room.atomic_write = training.atomic_write = slowly
     without_figures()
 
 def words(name, data, folder, *more):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest, torch
 from torch.nn import functional as F
-from scan_nb import run_folder, stages, training
+from scan_nb import files as files_room, stages, training
 from scan_nb.data import ImageSet, UserError, digits
 from scan_nb.models import read_weights
 from scan_nb.neighbors import center_crop, embed
@@ -207,7 +207,7 @@ def die_at_every_write(monkeypatch, after):
             with real(path) as file: yield file
             if dies: raise Killed
         return write
-    for module in (training, run_folder):
+    for module in (training, files_room):
         monkeypatch.setattr(module, 'atomic_write', deadly(module.atomic_write))
     return deaths
 
