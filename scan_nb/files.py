@@ -71,8 +71,8 @@ def digest(
     "A name for numbers, by which damage shows."
     found = sha256()
     for name, v in sorted(state.items()):
-        raw = v.detach().cpu().float().numpy().tobytes() if isinstance(v, Tensor) else str(v).encode()
-        found.update(name.encode() + raw)
+        if isinstance(v, Tensor): v = v.detach().cpu().flatten().view(torch.uint8).numpy()   # every bit
+        found.update(name.encode() + (v.tobytes() if isinstance(v, np.ndarray) else str(v).encode()))
     return found.hexdigest()[:20]
 
 # %% ../nbs/03b_files.ipynb #a14eccba

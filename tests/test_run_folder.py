@@ -266,6 +266,16 @@ def test_a_damaged_model_is_named(run, how):
     harm(run/'model.safetensors', how)
     assert str(run/'model.safetensors') in refused('is damaged or belongs to another recipe', read_model, run)
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.int64, torch.bfloat16, torch.uint8])
+def test_a_digest_sees_every_bit(dtype):
+    x = torch.arange(6, dtype=torch.float64).view(2, 3).to(dtype)
+    known, raw = files.digest({'x': x, 'y': x[1, 2]}), x.flatten().view(torch.uint8)
+    for i in range(8*len(raw)):
+        raw[i//8] ^= 1 << i % 8
+        assert files.digest({'x': x, 'y': x[1, 2]}) != known
+        raw[i//8] ^= 1 << i % 8
+    assert files.digest({'x': x, 'y': x[1, 2]}) == known
+
 def test_a_model_of_another_recipe_is_named(run):
     content = yaml.safe_load((run/'recipe.yml').read_text())
     for change in (dict(num_classes=4), dict(backbone_options=dict(widths=[4, 8, 16]))):
