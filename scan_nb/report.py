@@ -21,7 +21,7 @@ from .evaluate import confusion, contingency, grade, hungarian_match, kmeans_bas
 from .neighbors import center_crop, embed
 from .neighbors_fast import score_neighbors
 from .recipes import _flat
-from .files import do_each, parse_yaml, write_clusters, write_text, writing
+from .files import digest, do_each, parse_yaml, write_clusters, write_text, writing
 from .run_folder import Outcome
 from .scan import logits_of
 from .training import Checkpoint
@@ -207,7 +207,8 @@ def _write_results(folder, metrics, splits, p, features, found, report): # p: pr
     jobs = [partial(write_text, folder/('clusters.csv' if name == first else f'clusters-{name}.csv'),
                     write_clusters(splits[name], v, names)) for name, v in p.items()]
     shown = splits[first], features, p.get(first), found['points'], found['index']
-    jobs += [partial(write_text, folder/'metrics.json', json.dumps(metrics, indent=1)),
+    sealed = metrics | dict(sha256=digest({'metrics': json.dumps(metrics)}))
+    jobs += [partial(write_text, folder/'metrics.json', json.dumps(sealed, indent=1)),
              partial(save_examples, folder, *shown)]
     if report and not place()[0]: jobs.append(partial(write_report, folder))
     do_each(jobs)
@@ -238,17 +239,14 @@ def _read_file(folder, name, read): # a file in a run folder; function(bytes) ->
     except Exception as e: raise UserError(f"'{folder/name}' is damaged: delete it, repeat the run.") from e
 
 # %% ../nbs/12a_report.ipynb #0aa39a82
-_KINDS = dict.fromkeys(('images', 'stages', 'splits', 'baselines', 'history'), dict) | {
-    **dict.fromkeys(('data', 'notes', 'skipped'), list), 'seconds': (int, float)}   # in metrics.json
-
 def read_metrics(
     folder: str | Path,  # a finished run folder
 ) -> dict:               # metrics.json
     "All numbers of a run. Raises UserError when it is not finished, or the file is damaged."
     def read(raw):
-        found = {'images': None} | json.loads(raw)
-        if all(isinstance(found[name], kind) for name, kind in _KINDS.items() if name in found): return found
-        raise TypeError('a value of another kind')
+        found = json.loads(raw)
+        if found.pop('sha256') == digest({'metrics': json.dumps(found)}): return found
+        raise ValueError('not what was written')
     return _read_file(folder, 'metrics.json', read)
 
 # %% ../nbs/12a_report.ipynb #45875c0f

@@ -149,7 +149,8 @@ def test_mutated_pictures(seed, tmp_path):
 def test_one_flipped_bit_is_named_or_harmless(run, pictures, capsys):
     "In any file of a run. The clusters of `predict` and those of each stage never change silently."
     def look():
-        return SCAN.load(run).predict(str(pictures)).tolist(), [repr(o.clusters) for o in read_run(run)]
+        return (SCAN.load(run).predict(str(pictures)).tolist(), [repr(o.clusters) for o in read_run(run)],
+                report.read_metrics(run))
     every = sorted(p for p in run.rglob('*') if p.is_file() and p.stat().st_size)
     rng, want, named = random.Random(0), look(), 0
     for _ in range(60):

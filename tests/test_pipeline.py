@@ -17,7 +17,7 @@ from scan_nb.neighbors_fast import mine_neighbors
 from scan_nb.pipeline import SCAN
 from scan_nb.recipe_files import PRESETS, load_stages, to_yaml
 from scan_nb.recipes import FOLDER, Recipe
-from scan_nb.report import summarize, write_report
+from scan_nb.report import read_metrics, summarize, write_report
 from scan_nb.run_folder import read_run
 from scan_nb.stages import run_pretext, run_scan
 from scan_nb.training import Checkpoint
@@ -98,7 +98,7 @@ def test_files_agree_with_attributes(whole, data):
     lines = ''.join((folder/home/'metrics.jsonl').read_text() for home in HOMES).splitlines()
     assert [json.loads(line) for line in lines] == [
         dict(stage=k, **row) for k, rows in scan.history_.items() for row in rows]
-    assert json.loads((folder/'metrics.json').read_text()) == scan.metrics_
+    assert read_metrics(folder) == scan.metrics_
     assert load_stages(folder/'recipe.yml') == scan.recipe_.stages
 
 def test_metrics(whole, data):
@@ -172,7 +172,7 @@ def test_grades_are_those_of_the_labels_at_hand(copy, whole, blind, data):
         found, want = tiny(copy).fit(images).metrics_, fresh.metrics_
         for key in (want.keys() | found.keys()) - {'history', 'seconds'}:
             assert plain(found.get(key)) == plain(want.get(key)), key
-    assert json.loads((copy/'metrics.json').read_text()) == found
+    assert read_metrics(copy) == found
 
 def test_labels_that_come_later(data, tmp_path):
     train, test = data[::2], data[1::2]

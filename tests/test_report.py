@@ -17,7 +17,7 @@ from scan_nb.recipes import Recipe
 from scan_nb.report import (STAGE_NAMES, choose_images, compare, describe_classes, draw_confusion,
                             draw_figures, draw_prototypes, read_examples, read_metrics, save_examples,
                             summarize, table_of_scores, write_report)
-from scan_nb.files import write_clusters
+from scan_nb.files import digest, write_clusters
 from scan_nb.stages import run_pretext, run_scan, run_selflabel
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -45,7 +45,8 @@ def fake_run(folder, data, probabilities, points=None):
         notes=['Note <b>this</b>.'], skipped=[('a<b>.png', 'an empty file')],
         history={'pretext': rows, 'neighbors': [], 'heads': rows, 'scan': rows})
     if labels is not None: metrics |= {'classes': data.classes or [str(i) for i in range(data.n_classes)]}
-    (folder/'metrics.json').write_text(json.dumps(metrics))
+    sealed = metrics | dict(sha256=digest({'metrics': json.dumps(metrics)}))
+    (folder/'metrics.json').write_text(json.dumps(sealed))
     (folder/'recipe.yml').write_text('scan: {num_classes: 3, augmentation_kwargs: {flip_p: <i>0</i>}}\n')
     where = torch.arange(min(n, 50))
     features = data.images.flatten(1).float()
@@ -272,7 +273,7 @@ def test_in_memory_nothing_is_written(made, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     assert metrics['acc'] == metrics['stages']['scan']['splits']['all']['acc']
     assert plain(summarize(outcomes, {'all': data}, tmp_path)) == plain(metrics)
-    assert json.loads((tmp_path/'metrics.json').read_text()) == metrics
+    assert read_metrics(tmp_path) == metrics
     assert metrics['seconds'] == sum(s['seconds'] for s in metrics['stages'].values()) > 0
 
 @pytest.mark.parametrize('skipped, said', [
@@ -448,6 +449,15 @@ def test_missing_and_damaged_files_are_named(run, tmp_path, name):
         with pytest.raises(UserError, match=f'{name}.*damaged'): write_report(tmp_path/'run')
     file.unlink()
     with pytest.raises(UserError, match=f'no {name}'): write_report(tmp_path/'run')
+
+def test_any_flipped_bit_in_the_numbers_is_noticed(run, tmp_path):
+    raw, want = (run/'metrics.json').read_bytes(), read_metrics(run)
+    for at in range(0, len(raw), 3):
+        wrong = bytearray(raw)
+        wrong[at] ^= 1 << at%8
+        (tmp_path/'metrics.json').write_bytes(wrong)
+        try: assert read_metrics(tmp_path) == want   # a space between two lines
+        except UserError as e: assert 'metrics.json' in str(e) and 'damaged' in str(e)
 
 def test_no_run(tmp_path):
     with pytest.raises(UserError, match='no run folder'): write_report(tmp_path/'x')
