@@ -26,18 +26,22 @@ def _recipe(args): # the Recipe of a run, with every option in it; what to call 
     "The recipe that the words of a run ask for. Raises UserError for an unknown name or setting."
     from scan_nb.data import UserError
     from scan_nb.datasets import dataset_name
+    from scan_nb.frozen import find_features
     from scan_nb.recipe_files import PAPER, PRESETS, find_recipe
-    name, asked = dataset_name(args.source), args.recipe
+    name, asked = dataset_name(args.source), args.features or args.recipe
+    if args.features and args.recipe: raise UserError('--features is a recipe: leave --recipe out.')
+    if args.features: find_features(args.features)
     if not args.source: raise UserError('SOURCE is empty: name a folder or a data set.')
     usual = name if name in PRESETS and not (args.device.type == 'cpu' and name in PAPER) else 'folder'
     recipe = find_recipe(f'{name} {asked}' if f'{name} {asked}' in PRESETS else asked or usual, args.device)
-    paper = PAPER.get(name) if usual == 'folder' and not asked else None
+    paper = PAPER.get(name) if args.features or usual == 'folder' and not asked else None
     change = dict(n_clusters=paper.n_clusters) if paper else {}
     if name and dataset_name(recipe.data) != name:
         change |= dict(data=name, test_data=None if name == 'digits' else name)
     elif not name and recipe.data != args.source: change |= dict(data=args.source, test_data=args.source)
     if args.whole: change['test_data'] = None
-    given = dict(n_clusters=args.n_clusters, seed=args.seed, size=args.size) | {'pretext.epochs': args.epochs}
+    given = dict(n_clusters=args.n_clusters, seed=args.seed, size=args.size) | {
+        'pretext.epochs': args.epochs, 'pretext.pretrained': args.weights}
     change |= {name: value for name, value in given.items() if value is not None}
     if args.no_flip: change |= {f'{stage}.views_options.flip_p': 0 for stage in recipe.stages}
     return recipe.change(change | _settings(args.set)), asked or (usual if name and usual != name else None)
@@ -78,7 +82,8 @@ def _run(args): # source and options
     scan = SCAN(recipe=r, device=args.device, out=args.out or f"runs/{name.replace(' ', '-')}", progress=True)
     _say(*describe(images), f'Results: {scan.out}')
     scan.fit(next(iter(images.values())), test=images.get('test'), pretext=images.get('pretext'))
-    if called and not args.recipe: _say(f"Recipe: {called}; that of {args.source} itself is made for a GPU.")
+    own = not (args.recipe or args.features)
+    if called and own: _say(f"Recipe: {called}; that of {args.source} itself is made for a GPU.")
     _say(f'{scan.recipe_.n_clusters} clusters of {len(scan.labels_):,} images')
     _say_scores(scan.metrics_)
     _say(*(f'Note: {note}' for note in scan.metrics_['notes']),
@@ -218,6 +223,9 @@ OPTIONS = dict(   # for argparse
     run=dict(metavar='RUN', help='a run folder'),
     files=dict(nargs='+', metavar='FILES', help='images, or folders of images'),
     recipe=dict(metavar='NAME|FILE', help='a preset, as best on fashion-mnist, or a YAML file'),
+    features=dict(metavar='NAME', help='of a network that others trained: dinov2, dinov3, clip, siglip2, '
+                  'convnext, efficientnet-lite0, or timm:NAME'),
+    weights=dict(metavar='FILE', help='of that network (default: of an installed package, or downloaded)'),
     n_clusters=dict(type=int, metavar='K', help='how many clusters (default: by the recipe)'),
     out=dict(metavar='PATH', help='folder of a run (default: runs/NAME), CSV of predict (default: stdout)'),
     whole=dict(action='store_true', help='learn from the held-out images of a data set as well, grade all'),
@@ -241,7 +249,8 @@ OPTIONS = dict(   # for argparse
 # %% ../nbs/13_cli.ipynb #7cef8843
 COMMANDS = {   # what it does, in words and in code; its words (? optional) and options (! needed)
     'run': ('cluster images: from a source to a run folder with a report', _run, 'source --recipe '
-            '--n-clusters --out --whole --seed --epochs --size --no-flip --config_env --device --set'),
+            '--features --weights --n-clusters --out --whole --seed --epochs --size --no-flip --config_env '
+            '--device --set'),
     'simclr': ('learn features with SimCLR, then mine neighbors', _stage, STAGE := (
         '--config_exp! --config_env --device --set')),
     'moco': ('learn features with MoCo, then mine neighbors', _stage, STAGE),

@@ -23,12 +23,13 @@ def run_over(
     model: nn.Module,       # put in eval mode meanwhile
     images: Tensor,         # N×C×H×W, on any device or memory-mapped
     read: Callable,         # function(B×C×H×W on the model's device) -> …×B×D, computed by the model
-    batch_size: int = 512,  # images at a time
+    batch_size: int|None = None,  # images at a time; None: 512, fewer of more than 74×74 pixels in color
     augment: Callable|None = None,  # function(images) -> what is read in their place
 ) -> Tensor:                # …×N×D float32 on the CPU
     "What a model says of every image; several processes share the work. Raises UserError without an image."
     if not (n := len(images)): raise UserError('There is no image to look at.')
     device, found = next(model.parameters(), images).device, []
+    batch_size = batch_size or max(16, min(512, 2**23//images[0].numel()))
     with evaluating(model):
         for indices in shares(n, batch_size):
             x = take(images, indices, device)
@@ -41,7 +42,7 @@ def run_over(
 def embed(
     model: nn.Module,       # with a method `embed` (ContrastiveModel, ClusteringModel), or any images -> N×D
     images: Tensor,         # N×C×H×W, on any device or memory-mapped
-    batch_size: int = 512,  # images at a time
+    batch_size: int|None = None,  # images at a time, see `run_over`
     augment: Callable|None = None,  # (images, generator) -> a view of each; None: the images as they are
     n_views: int = 1,       # views of each image, with `augment`; the mean of their unit features is given
     generator: torch.Generator|None = None,  # of the views; None: one of its own, seed 0

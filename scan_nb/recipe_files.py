@@ -14,8 +14,9 @@ import torch
 from .augment_fast import StrongAugment
 from .data import UserError, closest
 from .files import parse_yaml
+from .frozen import FEATURES
 from .recipes import (BACKBONE_OPTIONS, OURS, PARTS, STAGES, VIEWS, Recipe, StageRecipe, _flat,
-                             change)
+                             change, frozen_recipe)
 
 # %% ../nbs/11a_recipe_files.ipynb #ac97fd80
 KEYS = {   # key of a file, nested by dots -> setting
@@ -39,7 +40,7 @@ PRETEXT_KEYS = {
     'temperature': 'temperature', 'criterion_kwargs.temperature': 'temperature',
     'num_neighbors': 'n_neighbors', 'num_neighbors_val': 'n_neighbors_val'}
 STAGE_KEYS = {   # setup -> keys of this stage alone
-    'simclr': PRETEXT_KEYS, 'moco': PRETEXT_KEYS,
+    **dict.fromkeys(('simclr', 'moco', 'frozen'), PRETEXT_KEYS),
     'scan': {'criterion_kwargs.entropy_weight': 'entropy_weight', 'num_neighbors': 'n_neighbors',
              'num_heads': 'n_heads', 'update_cluster_head_only': 'head_only'},
     'selflabel': {'confidence_threshold': 'threshold', 'criterion_kwargs.apply_class_balancing': 'balance',
@@ -219,16 +220,18 @@ PRESETS = PAPER | OURS | {'aurora': _shipped('simclr_aurora', 'scan_aurora', 'se
 
 # %% ../nbs/11a_recipe_files.ipynb #a77ac0e1
 def find_recipe(
-    name: str|Path|Recipe,             # of a preset, or of a file; a recipe comes back as it is on the device
+    name: str|Path|Recipe,             # of a preset, of features, of a file; a recipe is as on the device
     device: str|torch.device = 'cpu',  # where it will run
 ) -> Recipe:
     "A recipe by its name in PRESETS, or from a file. Raises UserError with the closest name."
     if isinstance(name, Recipe): return name.on(device)
     if str(name) in PRESETS: return PRESETS[str(name)].on(device)
+    if str(name) in FEATURES or str(name).startswith('timm:'): return frozen_recipe(str(name)).on(device)
     try: find_config(name)
     except UserError:
         raise UserError(f"There is no recipe '{name}', and no file of that name: did you mean "
-                        f"'{closest(str(name), PRESETS)}'? There are {', '.join(PRESETS)}.") from None
+                        f"'{closest(str(name), [*PRESETS, *FEATURES])}'? There are {', '.join(PRESETS)}, "
+                        f"and features: {', '.join(FEATURES)}, timm:NAME.") from None
     stages = load_stages(name, device)
     if missing := {'pretext', 'scan'} - stages.keys():
         raise UserError(f"'{name}' has no {min(missing)} stage: a recipe needs pretext and scan.")

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'LIMITS', 'BACKBONE_OPTIONS', 'SHARED', 'STAGES', 'PARTS', 'FOLDER', 'SILHOUETTES', 'CLOTHES', 'OURS',
-           'UPDATES', 'EPOCHS', 'make_views', 'check_value', 'StageRecipe', 'PretextRecipe', 'ScanRecipe',
-           'SelfLabelRecipe', 'change', 'Recipe', 'list_differences', 'auto_epochs', 'choices', 'complete']
+           'FROZEN', 'UPDATES', 'EPOCHS', 'make_views', 'check_value', 'StageRecipe', 'PretextRecipe', 'ScanRecipe',
+           'SelfLabelRecipe', 'change', 'Recipe', 'list_differences', 'frozen_recipe', 'auto_epochs', 'choices',
+           'complete']
 
 # %% ../nbs/11_recipes.ipynb #389b037b
 from dataclasses import dataclass, field, fields, replace
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from .augment_fast import SimCLRAugment, StrongAugment, WeakAugment
 from .data import ImageSet, UserError, closest
+from .frozen import find_features
 from .simclr import DIGITS_VIEWS
 
 # %% ../nbs/11_recipes.ipynb #28522f5c
@@ -161,6 +163,8 @@ def _check_together(recipe): # of a stage, each setting checked
         raise UserError(f'n_networks is {r.n_networks}, and more_views has {len(more)} settings of views: '
                         'give one less than there are networks.')
     if not r.backbone.startswith('timm:'): _check_backbone(r.backbone_options)
+    if getattr(r, 'setup', '') == 'frozen' and (r.n_networks > 1 or not r.backbone.startswith('frozen:')):
+        raise UserError('The setup frozen needs one network, a backbone frozen:NAME: see `frozen_recipe`.')
     if (r.mean is None) != (r.std is None) or r.mean is not None and len(r.mean) != len(r.std):
         raise UserError(f'mean is {r.mean} and std is {r.std}: give one of each per channel, or neither.')
     if r.mean is not None and len(r.mean) not in ((1, 3) if r.channels is None else (r.channels,)):
@@ -181,14 +185,14 @@ def _check_together(recipe): # of a stage, each setting checked
 class PretextRecipe(StageRecipe):
     "Features, then neighbors (SCAN, sections 2.1 and 2.2)."
     stage: ClassVar[str] = 'pretext' # its name
-    setup: Literal['simclr', 'moco'] = 'simclr'  # how features are learned
+    setup: Literal['simclr', 'moco', 'frozen'] = 'simclr'  # how features are learned; frozen: by others
     head: Literal['mlp', 'linear'] = 'mlp' # projection head
     features_dim: int = 128       # numbers that it gives
     temperature: float = .1       # τ
     warmup: float = 0.            # share of the updates while the learning rate rises
     queue_size: int = 65536       # MoCo: keys to compare with
     key_momentum: float = .999    # MoCo: share of the old weights of the slow encoder
-    pretrained: str|None = None   # path of a MoCo v2 checkpoint; None: trained from scratch
+    pretrained: str|None = None   # weights of a MoCo v2 checkpoint or a frozen network; None: see there
     more_views: tuple[dict, ...] = () # settings of the views of the second network
     n_neighbors: int|None = 20    # K, mined for each training image; None: see `choices`
     n_neighbors_val: int = 5      # mined for each test image
@@ -236,7 +240,8 @@ class SelfLabelRecipe(StageRecipe):
     batch_size: int = 1000          # images per update
 
 # %% ../nbs/11_recipes.ipynb #1dc0a003
-STAGES = {'simclr': PretextRecipe, 'moco': PretextRecipe, 'scan': ScanRecipe, 'selflabel': SelfLabelRecipe}
+STAGES = {'simclr': PretextRecipe, 'moco': PretextRecipe, 'frozen': PretextRecipe, 'scan': ScanRecipe,
+          'selflabel': SelfLabelRecipe}
 PARTS = 'pretext', 'scan', 'selflabel'   # the stages of a recipe
 
 def _owners(stages, name): # the stages that a name means; the setting, and perhaps the name of a part of it
@@ -361,6 +366,19 @@ OURS['fashion-mnist best'] = replace(OURS['fashion-mnist'].change({   # two netw
     'backbone_options': dict(widths=(16, 32, 64, 128)), 'pretext.epochs': 8, 'pretext.n_neighbors': 50,
     'pretext.whiten': .5, 'scan.head_choice': 'both', 'scan.epochs': 0}), selflabel=None)
 
+# %% ../nbs/11_recipes.ipynb #afbbe43c
+FROZEN = FOLDER.change({   # heads on features of a network that others trained
+    'pretext.setup': 'frozen', 'backbone': 'frozen:efficientnet-lite0', 'pretext.head': 'linear',
+    'pretext.epochs': 1, 'scan.head_choice': 'both', 'scan.epochs': 0, 'selflabel.epochs': 0})
+
+def frozen_recipe(
+    features: str,            # a key of FEATURES, or timm:NAME
+    weights: str|None = None, # a file of them; None: see `load_frozen`
+) -> Recipe:                  # open settings and all
+    "Clusters from features of a network that others trained. Raises UserError for an unknown network."
+    size = find_features(features)[1]
+    return FROZEN.change({'backbone': f'frozen:{features}', 'size': size, 'pretext.pretrained': weights})
+
 # %% ../nbs/11_recipes.ipynb #1dc0a00d
 UPDATES = {'cpu': dict(pretext=500, scan=200, selflabel=200),              # updates aimed at
            'gpu': dict(pretext=30_000, scan=10_000, selflabel=5_000)}
@@ -386,10 +404,12 @@ def choices(
 ) -> dict:                # name, as for `change` -> its value, and why
     "What a recipe leaves open, chosen by the images and the machine."
     found, recipe, (n, c, h, w) = {}, next(iter(stages.values())), images.images.shape
-    size = recipe.size or min(h, w)
+    frozen = recipe.backbone.startswith('frozen:')
+    size = min(h, w) if frozen else recipe.size or min(h, w)
     if recipe.channels is None: found['channels'] = c, f'the images are {"gray" if c == 1 else "in color"}'
     if white := images.facts.get('white'): found['white'] = white, 'by the highest value of the images'
-    if recipe.size is None: found['size'] = size, f'the images have {h}×{w} pixels'
+    if frozen: found |= {'mean': ((0.,)*c, 'the network has its own'), 'std': ((1.,)*c, 'likewise')}
+    if recipe.size != size: found['size'] = size, f'the images have {h}×{w} pixels'
     if recipe.backbone == 'small_resnet':
         small = dict(widths=(32, 64, 128) if size <= 12 else (32, 64, 128, 256), stem_stride=1 + (size > 16))
         for name in [name for name in small if name not in recipe.backbone_options]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from .data import ImageSet, UserError, show_images
 from .datasets import describe, one_line
 from .distributed import from_first, place
@@ -93,21 +94,31 @@ def save_examples(
     with writing(Path(folder)/'examples.npz') as f: np.savez_compressed(f, **found)
 
 # %% ../nbs/12a_report.ipynb #12a00005
-def _sample(data, count): # data itself, if it has no more images
-    "Evenly spaced images, for a quick look."
-    return data if len(data) <= count else data[torch.linspace(0, len(data) - 1, count).round().long()]
+def _spread(n, count): # positions, all if there are no more
+    "Evenly spaced, for a quick look."
+    return torch.linspace(0, n - 1, min(n, count)).round().long()
+
+def _small(images): # of more than 96 pixels
+    "Pixels to compare: the mean of each of 64×64 parts."
+    x = [F.adaptive_avg_pool2d(part.float(), 64) for part in images.split(64)] if images.shape[-1] > 96 else 0
+    return torch.cat(x).byte() if x else images
 
 def _kmeans(outcomes, splits, device): # baseline -> split -> int32
     "k-means on pixels and on features, fitted on at most 10,000 images of the first split."
-    r, pretext, limit, found = outcomes[-1].recipe, outcomes[0].load(device), 2**29, {}
-    some = {k: _sample(v, max(1000, limit//v.images[0].numel())).images.cpu() for k, v in splits.items()}
-    fitted = _sample(next(iter(splits.values())), 10_000).images.cpu()
-    def features(x): return embed(pretext, center_crop(x, r.size or min(x.shape[2:])))
-    for name, see in dict(pixels=lambda x: x, features=features).items():
-        every = torch.cat([see(x) for x in some.values()])
-        clusters = kmeans_baseline(see(fitted), r.n_clusters, r.seed, normalize=see is features, on=every)
-        parts = zip(some, clusters.int().split([len(x) for x in some.values()]))
-        found[f'kmeans_{name}'] = {k: part.clone() for k, part in parts}
+    r, first, limit, found = outcomes[-1].recipe, next(iter(splits)), 2**29, {}
+    some = {k: _spread(len(v), max(1000, limit//v.images[0].numel())) for k, v in splits.items()}
+    fitted, known = _spread(len(splits[first]), 10_000), outcomes[0].features(first)
+    def pixels(split, rows): return _small(splits[split].images[rows].cpu())
+    def features(split, rows):
+        if len(z := known.get(split, ())) == len(splits[split]): return z[rows]
+        x = splits[split].images[rows]
+        return embed(outcomes[0].load(device), center_crop(x, r.size or min(x.shape[2:])))
+    for see in (pixels, features):
+        every = torch.cat([see(*part) for part in some.items()])
+        x, like = see(first, fitted), dict(normalize=see is features, on=every)
+        clusters = kmeans_baseline(x, r.n_clusters, r.seed, **like)
+        parts = zip(some, clusters.int().split([len(rows) for rows in some.values()]))
+        found[f'kmeans_{see.__name__}'] = {k: part.clone() for k, part in parts}
     return found
 
 # %% ../nbs/12a_report.ipynb #12a00006
@@ -148,6 +159,15 @@ def _steps(outcomes, splits): # of a run
                           if k in pairs and len(v) == len(pairs[k][0])}
     return steps
 
+# %% ../nbs/12a_report.ipynb #bcbbb0f4
+def _seen(outcomes, splits): # split -> N×D features, or N×C×H×W images
+    "What the newest model has to look at: the features of its backbone, where the pretext task left them."
+    last, first = outcomes[-1], next(iter(splits))
+    known = outcomes[0].features(first) if outcomes[0].backbone == last.backbone else {}
+    size = last.recipe.size or min(last.shape[1:])
+    return {k: known[k] if len(known.get(k, ())) == len(v) else center_crop(v.images, size)
+            for k, v in splits.items()}
+
 # %% ../nbs/12a_report.ipynb #12a00010
 def _notes(outcome, skipped): # skipped: (path, reason) of files that could not be read
     "What a user should know before trusting the result."
@@ -168,8 +188,9 @@ def _names(data, probabilities): # of clusters, if there are any: that of their 
 # %% ../nbs/12a_report.ipynb #073e8cc1
 def _baselines(clusters, splits): # baseline -> split -> int32
     "Their scores, where there are labels."
-    found = {name: {k: grade(part, _sample(splits[k], len(part)).labels) for k, part in parts.items()
-                    if k in splits and splits[k].labels is not None} for name, parts in clusters.items()}
+    labels = {k: data.labels for k, data in splits.items() if data.labels is not None}
+    found = {name: {k: grade(part, labels[k][_spread(len(labels[k]), len(part))])
+                    for k, part in parts.items() if k in labels} for name, parts in clusters.items()}
     return {name: graded for name, graded in found.items() if graded}
 
 # %% ../nbs/12a_report.ipynb #12a00011
@@ -183,8 +204,8 @@ def summarize(
     "Grades and comparisons of a run; clusters.csv, metrics.json and what a report shows are written."
     splits, last = {k: v for k, v in images.items() if k != 'pretext'}, outcomes[-1]
     model, (first, *_, final), (data, *_) = last.load(device), (*splits, *splits), splits.values()
-    seen = {k: center_crop(v.images, last.recipe.size or min(last.shape[1:])) for k, v in splits.items()}
-    features = embed(model, seen[first]) if folder else None
+    seen = _seen(outcomes, splits)
+    features = (seen[first] if seen[first].ndim == 2 else embed(model, seen[first])) if folder else None
     p = {k: logits_of(model, x).softmax(1) for k, x in seen.items() if last.clusters}
     found, steps = compare(outcomes, splits, features, device), _steps(outcomes, splits)
     metrics = dict(

@@ -18,6 +18,7 @@ from .augment import Normalize
 from .data import ImageSet, UserError
 from .datasets import fingerprint_images
 from .distributed import from_first, place
+from .frozen import make_frozen
 from .files import digest, read_array, read_json, without_itself, writing
 from .models import (ClusteringModel, ContrastiveModel, SideBySide, load_weights, make_backbone,
                             official_state, read_weights)
@@ -46,8 +47,10 @@ def make_model(
     "The untrained model of a stage. Raises UserError for an unknown network."
     r = recipe
     with seeded(r.seed):
-        nets = [make_backbone(r.backbone, shape[0], r.size or min(shape[1:]), **r.backbone_options)
-                for _ in range(n_networks or r.n_networks)]
+        def one():
+            if r.backbone.startswith('frozen:'): return make_frozen(r.backbone.removeprefix('frozen:'))
+            return make_backbone(r.backbone, shape[0], r.size or min(shape[1:]), **r.backbone_options)
+        nets = [one() for _ in range(n_networks or r.n_networks)]
         backbone = nets[0] if len(nets) == 1 else SideBySide(*nets)
         if isinstance(r, PretextRecipe): return ContrastiveModel(backbone, r.head, r.features_dim, normalize)
         return ClusteringModel(backbone, r.n_clusters, n_heads, normalize)
@@ -119,8 +122,16 @@ class Outcome:
         return tune(load_weights(model, self.file or self.weights).to(device).eval(), self.recipe.precision)
 
     @property
-    def sha256(self): # of the weights
-        return digest(self.weights.get('model', self.weights.get('state_dict', self.weights)))
+    def state(self): # names -> weights
+        return self.weights.get('model', self.weights.get('state_dict', self.weights))
+    @property
+    def sha256(self): return digest(self.state)   # of the weights
+    @property
+    def backbone(self): return digest({k: v for k, v in self.state.items() if k.startswith('backbone.')})
+
+    def features(self, first): # split -> N×D, those of the images as they are; first: name of the first split
+        if self.embeddings is None or self.recipe.n_views: return {}
+        return {first: self.embeddings} | {split: z for split, (z, _) in self.held_out.items()}
 
     @staticmethod
     def log(path, history): # metrics.jsonl in a stage's folder: one line per epoch, with its step

@@ -347,12 +347,13 @@ def diagnose(
 # %% ../nbs/09_scan.ipynb #84bf524f
 def logits_of(
     model: ClusteringModel,  # with H heads
-    images: Tensor,          # N×C×H×W, anywhere
-    batch_size: int = 512,   # images per forward pass
+    images: Tensor,          # N×C×H×W, anywhere; or N×D, what `embed` made of them
+    batch_size: int|None = None,  # images per forward pass, see `run_over`
     head: int|None = 0,      # which head is read; None: all
 ) -> Tensor:                 # N×C float32 on the CPU, H×N×C for all heads
     "Logits of all images in eval mode. Raises FloatingPointError when training has spoiled the weights."
-    found = run_over(model, images, lambda x: model(x)[slice(None) if head is None else head], batch_size)
+    read, one = model.cluster_head if images.ndim == 2 else model, slice(None) if head is None else head
+    found = run_over(model, images, lambda x: read(x)[one], batch_size)
     if found.isfinite().all(): return found
     raise FloatingPointError('The network gives NaN or infinity: lower learning rate or weight decay.')
 

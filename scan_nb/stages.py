@@ -17,6 +17,7 @@ from .data import ImageSet, UserError
 from .distributed import check_shares, from_first, place
 from .evaluate import cluster_metrics, grade
 from .files import alone_in
+from .frozen import embed_blocks, forget_blocks, load_frozen
 from .models import ContrastiveModel, SideBySide, load_weights, select_head
 from .moco import load_moco_v2, train_moco
 from .neighbors import center_crop, embed, mutual_neighbors, whiten
@@ -56,8 +57,8 @@ def format_scores(
     return ', '.join(found) or f"no labels; {scores.get('n_clusters', 'no')} clusters in use"
 
 # %% ../nbs/12_stages.ipynb #12000023
-LABELS = {'simclr': '1/4 SimCLR', 'moco': '1/4 MoCo', 'heads': '2/4 heads', 'scan': '3/4 SCAN',
-          'selflabel': '4/4 self-labelling'}   # of progress bars
+LABELS = {'simclr': '1/4 SimCLR', 'moco': '1/4 MoCo', 'frozen': '1/4 features', 'heads': '2/4 heads',
+          'scan': '3/4 SCAN', 'selflabel': '4/4 self-labelling'}   # of progress bars
 TRAINERS = {'simclr': train_simclr, 'moco': train_moco}
 
 @dataclass(eq=False)
@@ -76,6 +77,7 @@ class Stage:
         self.splits = {name: part for name, part in self.images.items() if name != 'pretext'}
         first, self.data = next(iter(self.splits.items()))
         self.shape, self.steps, self.history, self.clusters = list(self.data.images.shape[1:]), {}, {}, {}
+        self.features = {}   # split -> N×D, while the backbone is that of the stage before
         gpu = self.device.type == 'cuda'
         if gpu and self.data.images.nbytes*4 <= torch.cuda.mem_get_info(self.device)[0]:
             self.splits[first] = self.data = replace(self.data, images=self.data.images.to(self.device))
@@ -93,8 +95,10 @@ class Stage:
             raise UserError('The images are {1}×{2} pixels, but '.format(*self.shape) +
                             f'views of {self.size} are asked for: size may be {min(self.shape[1:])} here.')
         if (file := getattr(self.recipe, 'pretrained', None)) and not Path(file).is_file():
-            raise UserError(f"There is no '{file}': put the public MoCo v2 checkpoint there, or train anew "
-                            'with `--set pretext.pretrained=null`.')
+            what = 'put the weights of that network there, or let' if self.name == 'frozen' else \
+                'put the public MoCo v2 checkpoint there, or train anew with'
+            others = ' find others' if self.name == 'frozen' else ''
+            raise UserError(f"There is no '{file}': {what} `--set pretext.pretrained=null`{others}.")
         r = self.recipe
         if r.channels not in (None, self.shape[0]):
             raise UserError(f'channels is {r.channels}, but the images have {self.shape[0]}: convert them.')
@@ -140,6 +144,10 @@ class Stage:
 
     def bar(self, name): return LABELS[name] if self.progress else None
     def seen(self, images): return center_crop(images, self.size)
+    def look(self, split): return self.features.get(split, self.seen(self.splits[split].images))
+    def embed(self, model): # N×D, of the images learned from
+        z = self.look(next(iter(self.splits)))
+        return z if z.ndim == 2 else embed(model, z)
     def views(self, options=None):
         options = self.recipe.views_options if options is None else options
         return make_views(self.recipe.views, self.size, options)
@@ -179,7 +187,7 @@ class Stage:
 
     def note_clusters(self, step, model, *came_of_it): # a step that ends with clusters
         self.note(step, *came_of_it)
-        p = {s: logits_of(model, self.seen(data.images)).softmax(1) for s, data in self.splits.items()}
+        p = {s: logits_of(model, self.look(s)).softmax(1) for s in self.splits}
         self.clusters[step] = {split: v.argmax(1).int() for split, v in p.items()}
         self.steps[step]['splits'] = {s: grade(v.argmax(1), self.splits[s].labels, v) for s, v in p.items()}
 
@@ -201,6 +209,11 @@ class Stage:
 def _learn_features(stage): # a trained ContrastiveModel, on the device
     "SimCLR or MoCo (SCAN, section 2.1), or the published MoCo v2. Raises UserError when that is missing."
     r, data, nets = stage.recipe, stage.images.get('pretext', stage.data), []
+    if r.setup == 'frozen':
+        model, name = stage.model(), r.backbone.removeprefix('frozen:')
+        load_frozen(model.backbone, name, r.pretrained)
+        stage.note('pretext', [], True, f'features of {name}, which others trained', 0.)
+        return tune(model.to(stage.device), r.precision)
     if r.pretrained:
         stage.note('pretext', [], True, f"the weights of '{Path(r.pretrained).name}'", 0.)
         return tune(load_moco_v2(r.pretrained).to(stage.device), r.precision)
@@ -226,17 +239,25 @@ def find_pairs(
     data: ImageSet,         # N images
     k: int,                 # neighbors of each, at most N-1
     device: torch.device,   # where cosines are computed
+    embeddings: Tensor|None = None,  # N×D, if they are known
 ) -> tuple[Tensor, Tensor]: # embeddings N×D, neighbors N×k, on the CPU
     "Nearest neighbors as the recipe asks: of images or views, whitened, across time, mutual (SCAN, 2.2)."
     r, size, views = recipe, recipe.size or min(data.images.shape[2:]), {}
     if r.n_views:
         views = dict(augment=make_views(r.views, size, r.views_options), n_views=r.n_views,
                      generator=make_generator(r.seed, device))
-    embeddings = embed(model, center_crop(data.images, size), **views)
+    if embeddings is None: embeddings = embed(model, center_crop(data.images, size), **views)
     times = data.times if r.time_window else None
     compared = whiten(embeddings, r.whiten) if r.whiten else embeddings
     near = mine_neighbors(compared.to(device), k, r.index, times, r.time_window)
     return embeddings, (mutual_neighbors(near) if r.mutual else near).cpu()
+
+# %% ../nbs/12_stages.ipynb #6f8bb70b
+def _frozen(stage, model, split): # N×D, or None
+    "Features of a frozen network, in blocks: a killed run continues there."
+    if stage.recipe.setup != 'frozen' or stage.recipe.n_views: return None
+    images = stage.seen(stage.splits[split].images)
+    return embed_blocks(lambda part: embed(model, part), images, stage.path, split, label=stage.bar('frozen'))
 
 # %% ../nbs/12_stages.ipynb #1200002d
 def run_pretext(
@@ -252,13 +273,16 @@ def run_pretext(
     model, begun = _learn_features(stage).eval(), time.monotonic()
     for split, data in stage.splits.items():
         k = min(recipe.n_neighbors_val if parts else recipe.n_neighbors, len(data) - 1)
-        if k: parts[split] = (data, *find_pairs(recipe, model, data, k, stage.device))
+        z = _frozen(stage, model, split) if k else None
+        if k: parts[split] = (data, *find_pairs(recipe, model, data, k, stage.device, z))
     (data, z, near), *_ = parts.values()
     stage.note('neighbors', [], True, f'for each image the {near.shape[1]} with the most similar features',
                time.monotonic() - begun)
     stage.steps['neighbors']['splits'] = {s: score_neighbors(*part, data, z) for s, part in parts.items()}
     held_out = {s: pair for s, (_, *pair) in parts.items() if s != next(iter(parts))}
-    return stage.finish(model, near, z, held_out=held_out)
+    found = stage.finish(model, near, z, held_out=held_out)
+    if stage.path: forget_blocks(stage.path)
+    return found
 
 # %% ../nbs/12_stages.ipynb #1200003c
 def _start_model(stage, n_heads=1): # a ClusteringModel on the device; neighbors N×K
@@ -270,7 +294,9 @@ def _start_model(stage, n_heads=1): # a ClusteringModel on the device; neighbors
     if near is None or near.ndim != 2 or len(near) != n or near.shape[1] < min(k, n - 1):
         stage.say(f'{stage.name} mines {k} neighbors of each image')
         near = find_pairs(PretextRecipe(size=r.size), model, stage.data, min(k, n - 1), stage.device)[1]
-    near = near[:, :k].long()
+    near, first = near[:, :k].long(), next(iter(stage.splits))
+    known, sizes = before.features(first), {s: len(data) for s, data in stage.splits.items()}
+    stage.features = {s: z for s, z in known.items() if len(z) == sizes.get(s)}
     check_neighbors(stage.data.images, near, r.n_clusters)
     return model, near
 
@@ -281,7 +307,7 @@ def _try_heads(stage, model, neighbors): # the model gets the best head
     saved = stage.folder and Checkpoint(stage.path/'heads.pth.tar')
     found, begun = from_first(saved.load() if saved and not place()[0] else None), time.monotonic()
     if found is None:
-        if z is None or len(z) != len(neighbors): z = embed(model, stage.seen(stage.data.images))
+        if z is None or len(z) != len(neighbors): z = stage.embed(model)
         z, near, size = z.to(stage.device), neighbors.to(stage.device), 512 - 512 % place()[1]
         heads = train_heads(z, near, r.n_clusters, n_heads=r.tried_heads, epochs=r.heads_epochs, seed=r.seed,
                             batch_size=size, entropy_weight=r.entropy_weight, prior=r.prior,
@@ -305,9 +331,10 @@ def _train_clusters(stage, model, trainer, neighbors, **options): # of the train
         result, seconds = stage.train(stage.name, trainer, model, stage.data.images, neighbors, stage.views(),
                                       **options)
         stage.say(f'{stage.name} {result.reason}')
+        if not options.get('head_only'): stage.features = {}
         stage.note_clusters(stage.name, model, *result, seconds)
-    prior = find_prior(r.prior, r.n_clusters, lambda: embed(model, stage.seen(stage.data.images)), r.seed)
-    logits, weight = logits_of(model, stage.seen(stage.data.images)), r.entropy_weight
+    prior = find_prior(r.prior, r.n_clusters, lambda: stage.embed(model), r.seed)
+    logits, weight = logits_of(model, stage.look(next(iter(stage.splits)))), r.entropy_weight
     health = clustering_health(logits, neighbors, weight, prior)
     alike = bool(logits.std(0).max() < 1e-4*logits.abs().max())
     if note := diagnose(health, r.n_clusters, weight, alike): stage.say(f'{stage.name} note: {note}')
@@ -380,14 +407,16 @@ def estimate_seconds(
         return time.monotonic() - start
     r, s, stage = recipe.pretext, recipe.scan, Stage(recipe.pretext, images, device=device)
     n, few, g = len(stage.data), min(len(stage.data), 4096), make_generator(0)
-    part, trainer = stage.data.images[:3*r.batch_size], TRAINERS[r.setup]
+    frozen = r.setup == 'frozen'
+    part, trainer = stage.data.images[:32 if frozen else 3*r.batch_size], TRAINERS.get(r.setup)
     model = make_model(r, stage.shape, make_normalize(r, images=part), n_networks=1).to(stage.device)
-    epoch = r.n_networks*n/len(part)*seconds_of(lambda: trainer(
+    epoch = r.n_networks*n/len(part)*seconds_of(lambda: embed(model, part) if frozen else trainer(
         tune(model, r.precision), part, stage.views(), epochs=1, batch_size=r.batch_size, lr=0.))
     z = torch.randn(few, r.n_networks*model.backbone.dim, generator=g).to(stage.device)
     k, power = min(r.n_neighbors, few - 1), 2 if r.index == 'exact' else 1
     near = torch.randint(few, (few, k), generator=g).to(stage.device)
     mining = seconds_of(lambda: mine_neighbors(z, k, r.index).cpu())*(n/few)**power
     heads = seconds_of(lambda: train_heads(z, near, s.n_clusters, n_heads=s.tried_heads, epochs=1))*n/few
-    return dict(pretext=epoch*r.epochs*(not r.pretrained), neighbors=mining, heads=heads*s.heads_epochs) | {
+    ready = r.pretrained and not frozen
+    return dict(pretext=epoch*r.epochs*(not ready), neighbors=mining, heads=heads*s.heads_epochs) | {
         name: epoch*q.epochs for name, q in recipe.stages.items() if name != 'pretext'}
