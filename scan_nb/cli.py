@@ -21,6 +21,11 @@ def _settings(texts): # 'name=value' each -> {name: value}
         except json.JSONDecodeError: found[name] = value
     return found
 
+# %% ../nbs/13_cli.ipynb #5610704d
+def _count(text): # what --n-clusters is given -> a number, or 'auto'
+    "Raises ValueError for anything else."
+    return text if text == 'auto' else int(text)
+
 # %% ../nbs/13_cli.ipynb #92f98ab9
 def _recipe(args): # the Recipe of a run, with every option in it; what to call it, or None
     "The recipe that the words of a run ask for. Raises UserError for an unknown name or setting."
@@ -40,7 +45,8 @@ def _recipe(args): # the Recipe of a run, with every option in it; what to call 
         change |= dict(data=name, test_data=None if name == 'digits' else name)
     elif not name and recipe.data != args.source: change |= dict(data=args.source, test_data=args.source)
     if args.whole: change['test_data'] = None
-    given = dict(n_clusters=args.n_clusters, seed=args.seed, size=args.size) | {
+    k = args.n_clusters if args.n_clusters != 'auto' else None
+    given = dict(n_clusters=k, seed=args.seed, size=args.size) | {
         'pretext.epochs': args.epochs, 'pretext.pretrained': args.weights}
     change |= {name: value for name, value in given.items() if value is not None}
     if args.no_flip: change |= {f'{stage}.views_options.flip_p': 0 for stage in recipe.stages}
@@ -72,17 +78,21 @@ def _images(args, r, unlabeled=True): # r: of a stage or a run; unlabeled: those
 
 def _run(args): # source and options
     "scan-nb run: the whole way, from images to a report."
-    from scan_nb.datasets import describe
+    from scan_nb.datasets import dataset_name, describe
     from scan_nb.distributed import first_ahead
     from scan_nb.pipeline import SCAN
     r, called = _recipe(args)
     with first_ahead(): images = _images(args, r)
-    words = Path(args.source).resolve().name, Path(args.recipe or '').stem, 'whole'*args.whole
-    name = '-'.join(filter(None, words))
-    scan = SCAN(recipe=r, device=args.device, out=args.out or f"runs/{name.replace(' ', '-')}", progress=True)
+    words = Path(args.source).resolve().name, Path(args.recipe or '').stem, args.features, 'whole'*args.whole
+    name, auto = '-'.join(filter(None, words)).replace(':', '-'), args.n_clusters == 'auto'
+    out = args.out or f"runs/{name.replace(' ', '-')}"
+    scan = SCAN('auto' if auto else None, recipe=r, device=args.device, out=out, progress=True)
     _say(*describe(images), f'Results: {scan.out}')
+    if not (args.n_clusters or args.recipe or args.set or dataset_name(args.source)):
+        _say(f'{r.n_clusters} clusters are a guess: give --n-clusters K, or --n-clusters auto.')
     scan.fit(next(iter(images.values())), test=images.get('test'), pretext=images.get('pretext'))
     own = not (args.recipe or args.features)
+    if auto: _say(f'Suggested: {scan.suggestion_.n_clusters} clusters. {scan.suggestion_.doubts}'.strip())
     if called and own: _say(f"Recipe: {called}; that of {args.source} itself is made for a GPU.")
     _say(f'{scan.recipe_.n_clusters} clusters of {len(scan.labels_):,} images')
     _say_scores(scan.metrics_)
@@ -226,7 +236,7 @@ OPTIONS = dict(   # for argparse
     features=dict(metavar='NAME', help='of a network that others trained: dinov2, dinov3, clip, siglip2, '
                   'convnext, efficientnet-lite0, or timm:NAME'),
     weights=dict(metavar='FILE', help='of that network (default: of an installed package, or downloaded)'),
-    n_clusters=dict(type=int, metavar='K', help='how many clusters (default: by the recipe)'),
+    n_clusters=dict(type=_count, metavar='K', help="how many clusters, or 'auto' (default: by the recipe)"),
     out=dict(metavar='PATH', help='folder of a run (default: runs/NAME), CSV of predict (default: stdout)'),
     whole=dict(action='store_true', help='learn from the held-out images of a data set as well, grade all'),
     seed=dict(type=int, metavar='S', help='another seed, another run (default: 0)'),

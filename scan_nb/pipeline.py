@@ -17,6 +17,7 @@ from .datasets import as_image_set, share_classes
 from .distributed import place
 from .evaluate import grade
 from .models import ClusteringModel
+from .n_clusters import suggest_n_clusters
 from .neighbors import center_crop, embed
 from .recipe_files import PRESETS, find_recipe, to_yaml
 from .recipes import Recipe
@@ -31,7 +32,7 @@ from .training import pick_device
 class SCAN:
     "Images to clusters, with scikit-learn's conventions; labels are never asked for (SCAN, figure 2)."
     def __init__(self,
-        n_clusters: int|None = None,  # C, at most the number of images; None: as the recipe has it
+        n_clusters: int|str|None = None,  # C, or 'auto': see `suggest_n_clusters`; None: as the recipe has it
         *, recipe: Recipe|str|Path|None = None,  # or the name of a preset, or a file; None: PRESETS['folder']
         seed: int|None = None,         # same seed, as many threads: same clusters; None: the recipe's
         device: str|torch.device|None = None,  # 'cpu', 'cuda', 'mps'; None: the best there is
@@ -62,8 +63,11 @@ class SCAN:
         splits = share_classes(splits)
         recipe = Recipe.for_images(data, device, recipe)
         new = progress and place()[1] == 1 and not (out and any(out.glob('**/checkpoint*')))
+        auto, self.suggestion_ = self.n_clusters == 'auto', None
         outcomes = run_stages(recipe, splits, out, device=device, progress=progress,
-                              ready=(lambda: self._say_estimate(recipe, splits, device)) if new else None)
+                              ready=(lambda: self._say_estimate(recipe, splits, device)) if new else None,
+                              count=self._suggest if auto else None)
+        if auto: recipe = recipe.change({'n_clusters': self.suggestion_.n_clusters})
         self.metrics_ = summarize(outcomes, splits, out, device, report=True)
         last, first = outcomes[-1], outcomes[0]
         self.model_, self.shape_, self.recipe_ = last.load(device), last.shape, recipe
@@ -154,7 +158,7 @@ class SCAN:
     def __sklearn_is_fitted__(self): return hasattr(self, 'model_')
 
     def _base(self, device): # the recipe, with the settings of this object
-        own = {name: v for name in ('n_clusters', 'seed') if (v := getattr(self, name)) is not None}
+        own = {k: v for k in ('n_clusters', 'seed') if (v := getattr(self, k)) not in (None, 'auto')}
         return find_recipe(self.recipe or 'folder', device).change(own)
 
     def _named(self): # the recipe for any device
@@ -184,6 +188,11 @@ class SCAN:
         total = max(1, math.ceil(sum(minutes.values())))
         print(f"About {total} minute{'s'*(total > 1)} on {device.type}{f' ({parts})'*bool(parts)}.",
               file=sys.stderr, flush=True)
+
+    def _suggest(self, outcome): # of the pretext task -> a number of clusters
+        self.suggestion_ = suggest_n_clusters(outcome.embeddings, outcome.neighbors, seed=outcome.recipe.seed,
+                                              progress=self.progress and not place()[0])
+        return self.suggestion_.n_clusters
 
     def _check_fitted(self, text=''): # scikit-learn's error, and ours
         if hasattr(self, 'model_') and not text: return

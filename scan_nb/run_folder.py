@@ -182,7 +182,8 @@ class Outcome:
 # %% ../nbs/11b_run_folder.ipynb #11b0001f
 def _asked(recipe, seen, device): # fingerprints of the images by split
     "What a stage is asked to do, as JSON has it."
-    settings = {k if k in SHARED else f'{recipe.stage}.{k}': v for k, v in asdict(recipe).items()}
+    settings = {k if k in SHARED else f'{recipe.stage}.{k}': v for k, v in asdict(recipe).items()
+                if k != 'n_clusters' or recipe.stage != 'pretext'}   # features serve any number of clusters
     images = {k: v for k, v in seen.items() if k != 'pretext' or recipe.stage == 'pretext'}
     new = settings | dict(images=images, device=torch.device(device).type, scan_nb=__version__)
     return json.loads(json.dumps(new))

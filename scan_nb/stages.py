@@ -14,15 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from .data import ImageSet, UserError
+from .datasets import cache_dir, fingerprint_images
 from .distributed import check_shares, from_first, place
 from .evaluate import cluster_metrics, grade
-from .files import alone_in
-from .frozen import embed_blocks, forget_blocks, load_frozen
+from .files import alone_in, digest
+from .frozen import embed_blocks, load_frozen
 from .models import ContrastiveModel, SideBySide, load_weights, select_head
 from .moco import load_moco_v2, train_moco
 from .neighbors import center_crop, embed, mutual_neighbors, whiten
 from .neighbors_fast import mine_neighbors, score_neighbors, weighted_knn
-from .recipes import PretextRecipe, Recipe, ScanRecipe, SelfLabelRecipe, StageRecipe, make_views
+from .recipes import (PretextRecipe, Recipe, ScanRecipe, SelfLabelRecipe, StageRecipe, change,
+                             make_views)
 from .run_folder import Outcome, check_folder, make_model, make_normalize, open_folder
 from .scan import (check_neighbors, clustering_health, diagnose, find_prior, logits_of, train_heads,
                           train_scan)
@@ -254,10 +256,12 @@ def find_pairs(
 
 # %% ../nbs/12_stages.ipynb #6f8bb70b
 def _frozen(stage, model, split): # N×D, or None
-    "Features of a frozen network, in blocks: a killed run continues there."
+    "Features of a frozen network; a run in a folder keeps them for the next one with these images."
     if stage.recipe.setup != 'frozen' or stage.recipe.n_views: return None
-    images = stage.seen(stage.splits[split].images)
-    return embed_blocks(lambda part: embed(model, part), images, stage.path, split, label=stage.bar('frozen'))
+    images, kept = stage.seen(stage.splits[split].images), None
+    if stage.folder: kept = cache_dir()/f"features-{fingerprint_images(ImageSet(images))['sha256']}"
+    name = digest(model.backbone.state_dict() | {'name': stage.recipe.backbone})
+    return embed_blocks(lambda part: embed(model, part), images, kept, name, label=stage.bar('frozen'))
 
 # %% ../nbs/12_stages.ipynb #1200002d
 def run_pretext(
@@ -280,9 +284,7 @@ def run_pretext(
                time.monotonic() - begun)
     stage.steps['neighbors']['splits'] = {s: score_neighbors(*part, data, z) for s, part in parts.items()}
     held_out = {s: pair for s, (_, *pair) in parts.items() if s != next(iter(parts))}
-    found = stage.finish(model, near, z, held_out=held_out)
-    if stage.path: forget_blocks(stage.path)
-    return found
+    return stage.finish(model, near, z, held_out=held_out)
 
 # %% ../nbs/12_stages.ipynb #1200003c
 def _start_model(stage, n_heads=1): # a ClusteringModel on the device; neighbors N×K
@@ -379,6 +381,7 @@ def run_stages(
     images: dict[str, ImageSet],  # as for `run_pretext`
     folder: Path|None = None,     # of the run; a finished stage there is not repeated
     ready: Callable|None = None,  # called when all is checked, before the first stage begins
+    count: Callable|None = None,  # function(Outcome of the pretext task) -> n_clusters; None: the recipe's
     **options,                    # device, say, progress: see `Stage`
 ) -> list[Outcome]:               # one per stage; self-labelling of 0 epochs is left out
     "One stage after the other. Raises UserError for wrong input, of any stage, before the first begins."
@@ -386,10 +389,11 @@ def run_stages(
     stages = {name: r for name, r in recipe.stages.items() if r.epochs or name == 'scan'}
     every = [Stage(r, images, folder, **options) for r in stages.values()]
     with alone_in(folder and check_folder(folder), 2**24 + sum(stage.room for stage in every)):
-        if folder: open_folder(folder, stages.values(), images, every[0].device)
+        if folder: open_folder(folder, [*stages.values()][:1 if count else None], images, every[0].device)
         if ready: ready()
-        for name, r in stages.items():
-            found.append(RUN[name](r, images, found[-1] if found else None, folder, **options))
+        for name in stages:
+            found.append(RUN[name](stages[name], images, found[-1] if found else None, folder, **options))
+            if count and name == 'pretext': stages = change(stages, {'n_clusters': count(found[0])})
         if folder: found[-1].write_top(every[0].folder, stages)
     return found
 
