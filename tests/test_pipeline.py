@@ -174,6 +174,25 @@ def test_grades_are_those_of_the_labels_at_hand(copy, whole, blind, data):
             assert plain(found.get(key)) == plain(want.get(key)), key
     assert read_metrics(copy) == found
 
+def test_a_number_of_clusters_that_is_suggested(data, tmp_path, monkeypatch):
+    auto = tiny(tmp_path/'run', n_clusters='auto').fit(data)
+    k = auto.suggestion_.n_clusters
+    assert 2 <= k == auto.recipe_.n_clusters == len(auto.metrics_['splits']['all']['sizes']) <= 9
+    assert load_stages(tmp_path/'run/recipe.yml')['scan'].n_clusters == k
+    again = tiny(tmp_path/'run', n_clusters='auto').fit(data)   # no stage is repeated
+    told = tiny(n_clusters=k).fit(data)
+    for scan in (again, told): assert_same(scan, auto)
+    assert told.suggestion_ is None and clone(auto).n_clusters == 'auto'
+    with pytest.raises(UserError, match="n_clusters is 'many': give a whole number"): tiny(n_clusters='many').fit(data)
+
+def test_features_serve_any_number_of_clusters(copy, whole, data, monkeypatch):
+    "The pretext task of a finished run is that of another number, once the later stages are deleted."
+    for name in ('scan', 'selflabel'): shutil.rmtree(copy/name)
+    monkeypatch.setattr(stages, '_learn_features', never)
+    four = tiny(copy, n_clusters=4).fit(data)
+    np.testing.assert_array_equal(four.embeddings_, whole[0].embeddings_)
+    assert len(four.metrics_['splits']['all']['sizes']) == 4
+
 def test_labels_that_come_later(data, tmp_path):
     train, test = data[::2], data[1::2]
     tiny(tmp_path).fit(train, test=test.images)
