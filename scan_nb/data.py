@@ -265,12 +265,12 @@ def to_nchw(
         raise UserError(f'Images of shape {shape} are not understood: give N×H×W, N×C×H×W or N×H×W×C, '
                         f'with at most {MAX_CHANNELS} channels.')
     if not x.numel(): raise UserError(f'There is no image in an array of shape {shape}.')
-    signs = [[y for y in fit if y.shape[1] == channels]] if channels else [
-        [y for y in fit if y.shape[2] == y.shape[3]], [y for y in fit if y.shape[1] in (1, 3)]]
+    signs = [y for y in fit if y.shape[2] == y.shape[3]], [y for y in fit if y.shape[1] in (1, 3)]
     meant = [y for one in signs if len(one) == 1 for y in one] or fit
+    meant = [y for y in fit if y.shape[1] == channels] or meant
     if any(y is not meant[0] for y in meant):
-        raise UserError(f'Images of shape {shape} may have {fit[0].shape[1]} or {fit[1].shape[1]} channels: '
-                        'say which by `channels`, or give an `ImageSet`, which is N×C×H×W.')
+        raise UserError(f'Images of shape {shape} can be read as N×C×H×W and as N×H×W×C: say how many '
+                        '`channels` they have, or give an `ImageSet`, which is N×C×H×W.')
     return meant[0].contiguous()
 
 # %% ../nbs/00_data.ipynb #4c324803

@@ -264,7 +264,7 @@ def float_with(value):
     ('torch.complex64', np.ones((2, 1, 2, 2), np.complex64)),
     ('<U1', np.full((2, 1, 2, 2), 'a')), ('object', np.full((2, 1, 2, 2), None)),
     ('1797×64', np.ones((1797, 64))), ('shape 8', np.ones(8)), ('shape 1 are', np.ones(())),
-    ('5×17×18×18', np.ones((5, 17, 18, 18))), ('may have 4 or 6 channels', np.ones((5, 4, 8, 6))),
+    ('5×17×18×18', np.ones((5, 17, 18, 18))), ('can be read as', np.ones((5, 4, 8, 6))),
     ('2×1×1×2×2', np.ones((2, 1, 1, 2, 2))),
     ('no image', np.ones((0, 8, 8))), ('no image', np.ones((3, 0, 8))), ('no image', np.ones((0, 3, 8, 8))),
     ('not as list', [1, 2]), ('not as NoneType', None), ('not as dict', {}),
