@@ -99,8 +99,7 @@ class Items:
                             f'not as {name}.')
         self.source, self.lock, self.labels = source, Lock(), [None]*len(source)
         if not len(source): raise UserError(f'There is no image in this {name}.')
-        try: first = self.get(0)
-        except ValueError as e: raise UserError(f'Image 0 cannot be had: {e}.') from e
+        first = self.get(0)
         self.kind = kind_of(first)
         if self.kind is None:
             raise UserError(f'The first item of this {name} is a {type(first).__name__}, which is no image: '
@@ -109,15 +108,15 @@ class Items:
     def __len__(self): return len(self.labels)
 
     def get(self, i): # the image of a number; its label is kept
-        "Raises `ValueError`."
         with self.lock:
             try:
                 image, self.labels[i] = split_item(self.source[i])
                 if isinstance(image, Image.Image): image.load()
-            except Exception as e: raise ValueError(f'{type(e).__name__}: {e}') from e
+            except Exception as e:
+                raise UserError(f'Image {i} cannot be had ({type(e).__name__}: {e}).') from e
         kind = getattr(self, 'kind', kind_of(image))
         if kind_of(image) == kind: return image
-        raise ValueError(f'a {type(image).__name__}, but the first is a {kind}')
+        raise UserError(f'Image {i} is a {type(image).__name__}, but the first is a {kind}.')
 
     def labeled(self, images, rows): # an ImageSet, and which of the items are in it; with their labels
         labels = [self.labels[i] for i in rows]
@@ -159,7 +158,8 @@ def read_pictures(
     side, c, facts = choose_shape(pictures, *shape)
     images = np.empty((len(items), c, side, side), np.uint8)
     for i, found in enumerate(decode_files(pictures, side, c, facts.get('white'), progress=progress)):
-        if isinstance(found, str): raise UserError(f'Image {i} cannot be had: {found}.')
+        if isinstance(found, str):
+            raise UserError(found if found.startswith('Image') else f'Image {i} cannot be used: {found}.')
         images[i] = found
     return ImageSet(torch.from_numpy(images), facts=facts), range(len(items))
 
@@ -182,8 +182,7 @@ def read_arrays(
     from tqdm import tqdm
     found = None
     for i in tqdm(range(len(items)), desc='images', disable=not progress):
-        try: image = as_array(items.get(i))
-        except ValueError as e: raise UserError(f'Image {i} cannot be had: {e}.') from e
+        image = as_array(items.get(i))
         if found is None: found = np.empty((len(items), *image.shape), image.dtype)
         if (image.shape, image.dtype) != (found.shape[1:], found.dtype):
             one, all_ = ('×'.join(map(str, a)) for a in (image.shape, found.shape[1:]))
