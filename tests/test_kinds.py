@@ -260,7 +260,7 @@ def test_unreadable_paths_are_named_and_labels_stay_with_theirs(files, cache):
     assert found.classes == ['x', 'y', 'z'] and found.labels.tolist() == [0, 2, 0, 1, 2]
     assert found.skipped == [(str(files[1]), 'an empty file'), ('nowhere.png', 'no such file or directory'),
                              (str(files[0].parent), 'is a directory')]
-    refused("None of the 2 files can be read .'nowhere.png': no such file", as_image_set, ['nowhere.png', 'b'])
+    refused("None of the 2 files can be read .'nowhere.png'", as_image_set, ['nowhere.png', 'b'])
 
 def test_lists_are_decoded_once(files, cache):
     first = as_image_set(files)
@@ -270,10 +270,11 @@ def test_lists_are_decoded_once(files, cache):
     Image.new('RGB', (50, 50)).save(files[0])
     assert not as_image_set(files).images[0].any() and len([*cache.rglob('*.npy')]) == 2
 
-@pytest.mark.parametrize('shape', [(8, 9), (5, 20, 20), (20, 20, 5), (3, 18, 20)], ids=str)
-KINDS = dict(numpy=np.asarray, torch=torch.from_numpy, bfloat16=lambda x: torch.from_numpy(x/255.).bfloat16())
+ARRAYS = dict(numpy=np.asarray, torch=torch.from_numpy,
+              bfloat16=lambda x: torch.from_numpy(x/255.).bfloat16())
 
-@pytest.mark.parametrize('kind', KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize('shape', [(8, 9), (5, 20, 20), (20, 20, 5), (3, 18, 20)], ids=str)
+@pytest.mark.parametrize('kind', ARRAYS.values(), ids=ARRAYS)
 def test_arrays_in_a_list_are_an_array(shape, kind):
     x = noise(6, *shape)
     whole = kind(x)
