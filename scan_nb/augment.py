@@ -18,7 +18,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .data import UserError
+from .data import MAX_CHANNELS, UserError
 
 # %% ../nbs/01_augment.ipynb #83927dd8
 def require(
@@ -39,12 +39,12 @@ def to_float(
 
 # %% ../nbs/01_augment.ipynb #dbe6d035
 def check_batch(
-    x: Tensor,  # B×C×H×W, C 1 or 3, uint8 or float in [0, 1]
+    x: Tensor,  # B×C×H×W, C 1 to 16, uint8 or float in [0, 1]
 ) -> Tensor:    # the same, contiguous
     "Passes a batch of images. Raises UserError that says what is wrong with anything else."
     require(isinstance(x, Tensor), f'images are a {type(x).__name__}: give a torch tensor')
-    require(x.ndim == 4 and x.shape[1] in (1, 3) and x.numel() > 0,
-            f'images have shape {tuple(x.shape)}: give B×C×H×W, not empty, with C = 1 or 3')
+    require(x.ndim == 4 and 0 < x.shape[1] <= MAX_CHANNELS and x.numel() > 0,
+            f'images have shape {tuple(x.shape)}: give B×C×H×W, not empty, with C = 1 to {MAX_CHANNELS}')
     if x.dtype == torch.uint8: return x.contiguous()
     require(x.is_floating_point(), f'images are {x.dtype}: give uint8 in 0..255 or float in [0, 1]')
     require(x.amin() >= -1e-4 and x.amax() <= 1 + 1e-4,
@@ -139,9 +139,9 @@ def crop(
 # %% ../nbs/01_augment.ipynb #9a86584f
 def luma(
     x: Tensor,  # n×C×H×W float images
-) -> Tensor:    # n×1×H×W, the brightness the eye sees (ITU-R 601); a gray image itself
-    "Gray version of color images."
-    if x.shape[1] == 1: return x
+) -> Tensor:    # n×1×H×W, the brightness the eye sees (ITU-R 601); of other than three channels, x itself
+    "Gray version of color images; gray images, and channels that are no colors, stay as they are."
+    if x.shape[1] != 3: return x
     red, green, blue = x.split(1, 1)
     return (red*.299).add_(green, alpha=.587).add_(blue, alpha=.114)
 
@@ -158,7 +158,7 @@ def blend_(
 # %% ../nbs/01_augment.ipynb #20f3ac99
 brightness = lambda x, factor: blend_(x.clone(), x.new_zeros(()), factor)
 contrast = lambda x, factor: blend_(x.clone(), luma(x).mean((2, 3), keepdim=True), factor)
-color = lambda x, factor: blend_(x.clone(), luma(x), factor)   # saturation; a gray image stays
+color = lambda x, factor: blend_(x.clone(), luma(x), factor)   # saturation; only of color images
 
 # %% ../nbs/01_augment.ipynb #2accba9b
 def hue_offsets(
@@ -173,8 +173,8 @@ def hue(
     x: Tensor,      # n×C×H×W float images
     shift: Tensor,  # n turns of the color circle, −.5 to .5
 ) -> Tensor:        # n×C×H×W
-    "Turns each pixel's hue in the HSV hexagon; its largest and smallest channel values and gray images stay."
-    if x.shape[1] == 1: return x.clone()
+    "Turns each pixel's hue in the HSV hexagon; its highest and lowest channel value, and other images, stay."
+    if x.shape[1] != 3: return x.clone()
     red, green, blue = x.split(1, 1)
     low = torch.minimum(red, green).minimum(blue)
     chroma = torch.maximum(red, green).maximum(blue).sub_(low)

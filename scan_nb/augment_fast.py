@@ -172,19 +172,19 @@ def warp(
 
 # %% ../nbs/01a_augment_fast.ipynb #bf525d7f
 @compiled
-def _gray(x, j):
-    "The brightness of pixel j of an image C×M."
-    if len(x) == 1: return x[0, j]
+def _gray(x, p, j):
+    "The brightness of pixel j of an image C×M, or what its channel p has there if it is not in color."
+    if len(x) != 3: return x[p, j]
     return np.float32(.299)*x[0, j] + np.float32(.587)*x[1, j] + np.float32(.114)*x[2, j]
 
 # %% ../nbs/01a_augment_fast.ipynb #2b4bbb7f
 @compiled
-def _mean_gray(x):
-    "The mean brightness of an image C×M."
+def _mean_gray(x, p):
+    "The mean brightness of an image C×M, or of its channel p if it is not in color."
     parts, whole = np.zeros(32, np.float32), x.shape[1]//32*32
     for start in range(0, whole, 32):
-        for j in range(32): parts[j] += _gray(x, start + j)
-    for j in range(whole, x.shape[1]): parts[0] += _gray(x, j)
+        for j in range(32): parts[j] += _gray(x, p, start + j)
+    for j in range(whole, x.shape[1]): parts[0] += _gray(x, p, j)
     return np.float32(parts.sum()/x.shape[1])
 
 # %% ../nbs/01a_augment_fast.ipynb #1a0d61f4
@@ -195,13 +195,14 @@ def _blend(x, kind, factor):
     if kind == 2:
         red, green, blue = x[0], x[1], x[2]
         for j in range(len(red)):
-            target = rest*_gray(x, j)
+            target = rest*_gray(x, 0, j)
             red[j] = _clip(factor*red[j] + target)
             green[j] = _clip(factor*green[j] + target)
             blue[j] = _clip(factor*blue[j] + target)
     else:
-        target = rest*_mean_gray(x) if kind == 1 else np.float32(0)
+        target = np.float32(0)
         for p in range(len(x)):
+            if kind == 1 and (p == 0 or len(x) != 3): target = rest*_mean_gray(x, p)
             plane = x[p]
             for j in range(len(plane)): plane[j] = _clip(factor*plane[j] + target)
 

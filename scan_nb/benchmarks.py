@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from .augment import STRONG_OPS, to_float
 from .augment_fast import SimCLRAugment, StrongAugment
-from .data import UserError, atomic_write, closest
-from .datasets import image_folder
+from .data import UserError, closest
+from .datasets import atomic_write, image_folder
 from .distributed import batches, update
 from .evaluate import cluster_metrics
 from .models import ContrastiveModel, resnet18_cifar, small_resnet

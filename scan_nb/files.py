@@ -16,7 +16,8 @@ from shutil import disk_usage
 import numpy as np
 import torch
 from torch import Tensor
-from .data import ImageSet, UserError, atomic_write
+from .data import ImageSet, UserError
+from .datasets import atomic_write
 from .distributed import place
 
 # %% ../nbs/03b_files.ipynb #1a6736bd

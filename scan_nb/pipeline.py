@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from .data import UserError
-from .datasets import as_image_set, share_classes
+from .data import ImageSet, UserError
+from .datasets import share_classes
 from .distributed import place
 from .evaluate import grade
 from .models import ClusteringModel
@@ -25,6 +25,7 @@ from .report import summarize
 from .files import writing
 from .run_folder import open_folder, read_model, write_model
 from .scan import logits_of
+from .sources import as_image_set, holds_pictures
 from .stages import estimate_seconds, run_stages
 from .training import pick_device
 
@@ -45,15 +46,15 @@ class SCAN:
     def fit(self, images: object, labels: object = None, test: object = None, pretext: object = None):
         """Learn clusters; continue a killed run when `out` is set. Raises UserError for any wrong input.
 
-        images: an ImageSet, a folder, a tensor or an array, see `as_image_set`
+        images: an ImageSet, a folder, an array, a list, a Dataset, a table …, see `as_image_set`
         labels: N of any kind, only to grade the result; None: those of the images, if they have any
         test: held-out images: graded too, never trained on
         pretext: images for the pretext task alone, in place of `images`
         """
         device, progress = pick_device(self.device), self.progress and not place()[0]
         recipe, out = self._base(device), None if self.out is None else Path(self.out).expanduser()
-        shape = (recipe.size, recipe.channels) if isinstance(images, (str, Path)) else ()
-        data = as_image_set(images, *shape, progress=progress, white=recipe.white)
+        size = recipe.size if holds_pictures(images) else None
+        data = as_image_set(images, size, recipe.channels, progress=progress, white=recipe.white)
         if labels is not None: data = self._labeled(data, labels)
         if data.labels is not None and not (data.labels >= 0).any(): data = replace(data, labels=None)
         shape, white = list(data.images.shape[1:]), data.facts.get('white', recipe.white)
@@ -173,11 +174,13 @@ class SCAN:
     def _labeled(self, data, labels): # the data with other labels
         return replace(data, labels=labels, classes=None)
 
-    def _fitting(self, images, shape, white): # an ImageSet of C×H×W: files are resized, other arrays refused
-        size = (shape[1], shape[0]) if isinstance(images, (str, Path)) else ()
+    def _fitting(self, images, shape, white): # an ImageSet of C×H×W: pictures are resized, others refused
+        files = holds_pictures(images)   # in other images, C only tells apart how they may be read
+        known = files or not isinstance(images, ImageSet) and shape[0] in getattr(images, 'shape', shape)
         one = tuple(shape), (*shape[1:], shape[0]), tuple(shape[1:])*(shape[0] == 1)   # as one image may come
         if isinstance(images, (Tensor, np.ndarray)) and tuple(images.shape) in one: images = images[None]
-        data = as_image_set(images, *size, progress=self.progress and not place()[0], white=white)
+        data = as_image_set(images, shape[1] if files else None, shape[0] if known else None,
+                            progress=self.progress and not place()[0], white=white)
         is_, wanted = ('×'.join(map(str, v)) for v in (data.images.shape[1:], shape))
         if is_ == wanted: return data
         raise UserError(f'The images are {is_}, but {wanted} (channels×height×width) is needed: convert.')

@@ -16,7 +16,8 @@ from typing import ClassVar, Literal, Union, get_args, get_origin
 import torch
 from torch import nn
 from .augment_fast import SimCLRAugment, StrongAugment, WeakAugment
-from .data import ImageSet, UserError, closest
+from .data import MAX_CHANNELS, ImageSet, UserError, closest
+from .datasets import name_channels
 from .frozen import find_features
 from .simclr import DIGITS_VIEWS
 
@@ -43,8 +44,9 @@ LIMITS = {name: (low, high) for low, high, names in (   # what is not here may b
     (0, 1, 'mean momentum lr_decay_rate warmup key_momentum whiten'), (0, 1 - 1e-6, 'threshold ema_decay'),
     (1, INF, 'pretext.epochs batch_size n_neighbors n_neighbors_val'),
     (2, INF, 'n_clusters pretext.batch_size'),
-    (1, 4096, 'size'), (1, 8192, 'widths'), (1, 64, 'stem_stride'), (1, 65536, 'features_dim'),
-    (1, 10**8, 'queue_size'), (0, 1000, 'n_views'), (1, 2, 'n_networks'), (1, 10_000, 'n_heads tried_heads'),
+    (1, 4096, 'size'), (1, MAX_CHANNELS, 'channels'), (1, 8192, 'widths'), (1, 64, 'stem_stride'),
+    (1, 65536, 'features_dim'), (1, 10**8, 'queue_size'),
+    (0, 1000, 'n_views'), (1, 2, 'n_networks'), (1, 10_000, 'n_heads tried_heads'),
     (0, 10**6, 'weight_decay entropy_weight'), (1e-6, 10**6, 'std temperature prior white'),
     (0, 2**32 - 1, 'seed'),
 ) for name in names.split()}
@@ -108,7 +110,7 @@ class StageRecipe:
     data: str|None = None        # name of a data set or a folder; None: images given by hand
     test_data: str|None = None   # name of the images to test on; None: all there are are learned from
     n_clusters: int = 10         # C, at most the number of images
-    channels: Literal[1, 3]|None = None     # 1: gray, 3: color; None: as the images are
+    channels: int|None = None    # 1: gray, 3: color, up to 16; None: as the images are
     size: int|None = None        # side of a view in pixels; None: as the images are
     white: float|None = None     # the white of images of more than 8 bits; None: by their highest value
     mean: tuple[float, ...]|None = None     # per channel, in [0, 1]; None: measured on the training images
@@ -167,8 +169,9 @@ def _check_together(recipe): # of a stage, each setting checked
         raise UserError('The setup frozen needs one network, a backbone frozen:NAME: see `frozen_recipe`.')
     if (r.mean is None) != (r.std is None) or r.mean is not None and len(r.mean) != len(r.std):
         raise UserError(f'mean is {r.mean} and std is {r.std}: give one of each per channel, or neither.')
-    if r.mean is not None and len(r.mean) not in ((1, 3) if r.channels is None else (r.channels,)):
-        raise UserError(f'mean and std have {len(r.mean)} values: give one per channel.')
+    n = len(r.mean or ())
+    if n > MAX_CHANNELS or r.mean is not None and n != (r.channels or n or 1):
+        raise UserError(f'mean and std have {n} values: give one per channel.')
     if r.nesterov and not r.momentum: raise UserError('nesterov needs a momentum above 0.')
     if r.scheduler == 'step' and not r.lr_decay_epochs:
         raise UserError("The scheduler 'step' needs lr_decay_epochs.")
@@ -406,7 +409,7 @@ def choices(
     found, recipe, (n, c, h, w) = {}, next(iter(stages.values())), images.images.shape
     frozen = recipe.backbone.startswith('frozen:')
     size = min(h, w) if frozen else recipe.size or min(h, w)
-    if recipe.channels is None: found['channels'] = c, f'the images are {"gray" if c == 1 else "in color"}'
+    if recipe.channels is None: found['channels'] = c, f'the images are {name_channels(c)}'
     if white := images.facts.get('white'): found['white'] = white, 'by the highest value of the images'
     if frozen: found |= {'mean': ((0.,)*c, 'the network has its own'), 'std': ((1.,)*c, 'likewise')}
     if recipe.size != size: found['size'] = size, f'the images have {h}×{w} pixels'

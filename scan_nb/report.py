@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from .data import ImageSet, UserError, show_images
+from .data import ImageSet, UserError, show_images, to_color
 from .datasets import describe, one_line
 from .distributed import from_first, place
 from .evaluate import confusion, contingency, grade, hungarian_match, kmeans_baseline, majority_match
@@ -357,11 +357,18 @@ def draw_prototypes(
     return _save_figure(show_images(data.images[index[used]], [f'{i}' for i in used.tolist()]), file)
 
 # %% ../nbs/12a_report.ipynb #825d4d25
+def _false_colors(images): # N×C×H×W uint8 -> N×3×H×W uint8
+    "`to_color` for the eye: of each color, all but the brightest hundredth over all images fill the range."
+    x = to_color(torch.from_numpy(images)).numpy()
+    top = np.percentile(x, 99, axis=(0, 2, 3), keepdims=True).clip(1)
+    return (x*(255/top)).clip(0, 255).astype(np.uint8)
+
 def _caption_images(run): # of `read_examples`; index of an image -> what the page needs of it
     "Source, title and state of each thumbnail."
     shown, classes, found = run['examples'], run['metrics'].get('classes'), {}
     if 'index' not in shown: return found
     columns = 'index', 'images', 'path', 'cluster', 'second', 'confidence'
+    if shown['images'].shape[1] not in (1, 3): shown = shown | {'images': _false_colors(shown['images'])}
     labels = shown['label'] if 'label' in shown else [-1]*len(shown['index'])
     for i, image, path, cluster, second, confidence, label in zip(*(shown[c] for c in columns), labels):
         title, wrong = f'{path}: cluster {cluster} ({100*confidence:.1f} %), else {second}', False

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from .data import UserError, atomic_write
+from .data import UserError
+from .datasets import atomic_write
 from .models import evaluating
 
 # %% ../nbs/03_training.ipynb #13a03190

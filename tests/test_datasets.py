@@ -26,7 +26,7 @@ from test_data import damaged, noise, refused, save
 from scan_nb import data, datasets
 from scan_nb.data import decode_image, digits, find_images, read_images
 from scan_nb.datasets import (
-    DATASETS, DEBIAN_FASHION, as_image_set, cache_dir, cifar10, cifar20, cifar100, dataset_name,
+    DATASETS, DEBIAN_FASHION, as_image_set, atomic_write, cache_dir, cifar10, cifar20, cifar100, dataset_name,
     fashion_mnist, fingerprint_images, image_folder, imagenet_subset, load_splits, open_images, parse_time,
     split_by_day, stl10, synthetic_aurora)
 
@@ -59,6 +59,17 @@ def same(ours, theirs):
         assert (ours.images[i].permute(1, 2, 0).numpy() == np.asarray(image)).all()
         assert ours.labels[i] == label
     assert len(ours) == len(theirs) and ours.labels.dtype == torch.int64 and ours.images.dtype == torch.uint8
+
+# -- writing --
+
+def test_atomic_write(tmp_path):
+    (tmp_path/'x').write_text('old')
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path/'x') as f:
+        f.write(b'half')
+        1/0  # noqa: B018
+    assert (tmp_path/'x').read_text() == 'old' and len(list(tmp_path.iterdir())) == 1
+    with atomic_write(tmp_path/'x') as f: f.write(b'new')
+    assert (tmp_path/'x').read_text() == 'new' and len(list(tmp_path.iterdir())) == 1
 
 # -- a folder --
 

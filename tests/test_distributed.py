@@ -9,7 +9,8 @@ from PIL import Image
 from scan_nb import distributed, files as files_room, moco, report, training
 from scan_nb.augment_fast import SimCLRAugment
 from scan_nb.cli import main
-from scan_nb.data import UserError, atomic_write, digits
+from scan_nb.data import UserError, digits
+from scan_nb.datasets import atomic_write
 from scan_nb.distributed import (JointBatchNorm, batches, check_shares, from_first, gather, joined,
                                  own_numbers, place, processes, shares, update)
 from scan_nb.models import ClusteringModel, small_resnet

@@ -472,7 +472,7 @@ def damaged(kind):
     if kind == 'nan': x[7, 2, 2] = np.nan
     if kind == 'infinite': x[7, 2, 2] = np.inf
     if kind == 'range': x = x*255 - 9
-    return {'complex': np.zeros((9, 8, 8), complex), 'flat': x[0, 0], 'text': np.array(['a']),
+    return {'complex': np.zeros((9, 8, 8), complex), 'flat': x[0, 0], 'text': np.full((9, 8, 8), 'a'),
             'empty': np.zeros((0, 8, 8), np.uint8), 'object': object(), 'list': [1, 2],
             'none': None}.get(kind, x)
 
