@@ -33,18 +33,21 @@ def _recipe(args): # the Recipe of a run, with every option in it; what to call 
     from scan_nb.datasets import dataset_name
     from scan_nb.frozen import find_features
     from scan_nb.recipe_files import PAPER, PRESETS, find_recipe
+    from scan_nb.recipes import FROZEN
     name, asked = dataset_name(args.source), args.features or args.recipe
     if args.features and args.recipe: raise UserError('--features is a recipe: leave --recipe out.')
     if args.features: find_features(args.features)
-    if not args.source: raise UserError('SOURCE is empty: name a folder or a data set.')
+    if args.source == '' or not (args.source or args.embeddings):
+        raise UserError('SOURCE is empty: name a folder or a data set.')
     usual = name if name in PRESETS and not (args.device.type == 'cpu' and name in PAPER) else 'folder'
+    if args.embeddings: usual = FROZEN
     recipe = find_recipe(f'{name} {asked}' if f'{name} {asked}' in PRESETS else asked or usual, args.device)
     paper = PAPER.get(name) if args.features or usual == 'folder' and not asked else None
     change = dict(n_clusters=paper.n_clusters) if paper else {}
     if name and dataset_name(recipe.data) != name:
         change |= dict(data=name, test_data=None if name == 'digits' else name)
     elif not name and recipe.data != args.source: change |= dict(data=args.source, test_data=args.source)
-    if args.whole: change['test_data'] = None
+    if args.whole or args.embeddings: change['test_data'] = None
     k = args.n_clusters if args.n_clusters != 'auto' else None
     given = dict(n_clusters=k, seed=args.seed, size=args.size) | {
         'pretext.epochs': args.epochs, 'pretext.pretrained': args.weights}
@@ -74,16 +77,20 @@ def _say_scores(metrics): # metrics.json of a run
 def _images(args, r, unlabeled=True): # r: of a stage or a run; unlabeled: those of the pretext task too
     "What a recipe learns from and is tested on, by split."
     from scan_nb.datasets import load_splits
-    return load_splits(r.data, r.test_data, r.size, r.channels, args.env, args.bars, unlabeled, r.white)
+    where = r.data, r.test_data, r.size, r.channels, args.env
+    return load_splits(*where, args.bars, unlabeled, r.white, r.fit)
 
 def _run(args): # source and options
     "scan-nb run: the whole way, from images to a report."
     from scan_nb.datasets import dataset_name, describe
     from scan_nb.distributed import first_ahead
+    from scan_nb.frozen import add_features
     from scan_nb.pipeline import SCAN
     r, called = _recipe(args)
-    with first_ahead(): images = _images(args, r)
-    words = Path(args.source).resolve().name, Path(args.recipe or '').stem, args.features, 'whole'*args.whole
+    with first_ahead(): images = _images(args, r) if args.source else {'all': None}
+    if args.embeddings: images['all'] = add_features(args.embeddings, images['all'])
+    words = args.source or args.embeddings, args.recipe or '', args.features, 'whole'*args.whole
+    words = Path(words[0]).resolve().name, Path(words[1]).stem, *words[2:]
     name, auto = '-'.join(filter(None, words)).replace(':', '-'), args.n_clusters == 'auto'
     out = args.out or f"runs/{name.replace(' ', '-')}"
     scan = SCAN('auto' if auto else None, recipe=r, device=args.device, out=out, progress=True)
@@ -91,7 +98,7 @@ def _run(args): # source and options
     if not (args.n_clusters or args.recipe or args.set or dataset_name(args.source)):
         _say(f'{r.n_clusters} clusters are a guess: give --n-clusters K, or --n-clusters auto.')
     scan.fit(next(iter(images.values())), test=images.get('test'), pretext=images.get('pretext'))
-    own = not (args.recipe or args.features)
+    own = not (args.recipe or args.features or args.embeddings)
     if auto: _say(f'Suggested: {scan.suggestion_.n_clusters} clusters. {scan.suggestion_.doubts}'.strip())
     if called and own: _say(f"Recipe: {called}; that of {args.source} itself is made for a GPU.")
     _say(f'{scan.recipe_.n_clusters} clusters of {len(scan.labels_):,} images')
@@ -149,7 +156,7 @@ def _predict(args): # run, files, out, device
     channels, height, width = scan.shape_
     if height != width: raise UserError(f'The model takes {height}×{width} images, not square files.')
     white = choose_shape(files, height, channels, scan.white_)[2].get('white')
-    images, skipped = read_images(files, height, channels, white=white)
+    images, skipped = read_images(files, height, channels, white, scan.fit_)
     for path, why in skipped if args.bars else (): print(f"Skipped '{path}': {why}.", file=sys.stderr)
     if not len(images): raise UserError('None of the files can be read as an image.')
     paths, names = [p for p in map(str, files) if p not in dict(skipped)], None
@@ -172,7 +179,7 @@ def _eval(args): # run and source, or config_exp and model
     scan, name = SCAN.load(args.run, args.device), dataset_name(args.source)
     test = name if name != 'digits' else None
     shape = scan.recipe_.size, scan.shape_[0]
-    images = load_splits(args.source, test, *shape, args.env, args.bars, False, scan.white_)
+    images = load_splits(args.source, test, *shape, args.env, args.bars, False, scan.white_, scan.fit_)
     for split, data in images.items():
         _say(f'{split} ({len(data):,} images): {format_scores(scan.scores(data))}')
 
@@ -235,6 +242,7 @@ OPTIONS = dict(   # for argparse
     recipe=dict(metavar='NAME|FILE', help='a preset, as best on fashion-mnist, or a YAML file'),
     features=dict(metavar='NAME', help='of a network that others trained: dinov2, dinov3, clip, siglip2, '
                   'convnext, efficientnet-lite0, or timm:NAME'),
+    embeddings=dict(metavar='FILE', help='features from elsewhere: .npy, .npz or .parquet, a row an image'),
     weights=dict(metavar='FILE', help='of that network (default: of an installed package, or downloaded)'),
     n_clusters=dict(type=_count, metavar='K', help="how many clusters, or 'auto' (default: by the recipe)"),
     out=dict(metavar='PATH', help='folder of a run (default: runs/NAME), CSV of predict (default: stdout)'),
@@ -258,9 +266,9 @@ OPTIONS = dict(   # for argparse
 
 # %% ../nbs/13_cli.ipynb #7cef8843
 COMMANDS = {   # what it does, in words and in code; its words (? optional) and options (! needed)
-    'run': ('cluster images: from a source to a run folder with a report', _run, 'source --recipe '
-            '--features --weights --n-clusters --out --whole --seed --epochs --size --no-flip --config_env '
-            '--device --set'),
+    'run': ('cluster images: from a source to a run folder with a report', _run, 'source? --recipe '
+            '--features --weights --embeddings --n-clusters --out --whole --seed --epochs --size --no-flip '
+            '--config_env --device --set'),
     'simclr': ('learn features with SimCLR, then mine neighbors', _stage, STAGE := (
         '--config_exp! --config_env --device --set')),
     'moco': ('learn features with MoCo, then mine neighbors', _stage, STAGE),

@@ -24,9 +24,7 @@ from torch import Tensor
 # %% ../nbs/00_data.ipynb #3bdeb873
 class UserError(ValueError):
     "Something the user gave is wrong; the message says in one sentence what, where and what to do."
-    def __init__(self,
-        text: str = '', # of a long one, which holds a long value, only both ends are kept
-    ):
+    def __init__(self, text: str = ''): # of a long one, which holds a long value, both ends are kept
         super().__init__(text if len(text) < 1000 else f'{text[:600]} … {text[-200:]}')
 
 # %% ../nbs/00_data.ipynb #51a0888b
@@ -139,6 +137,7 @@ class ImageSet:
     paths: list[str] | None = None     # N paths of files, as given or relative to the folder
     skipped: list[tuple[str, str]] = field(default_factory=list)   # (path, reason) of unreadable files
     times: Tensor | None = None        # N float64, seconds since 1970 (UTC)
+    embeddings: Tensor | None = None   # N×D, features that others computed
     facts: dict = field(default_factory=dict)  # of files: kinds, sides (shortest, longest), outside (share of
     # the pictures beside their middle square), frames and stacks (how many left out), others (not read),
     # labels and splits (whence they are); of more than 8 bits: white, the value that became 255
@@ -146,6 +145,8 @@ class ImageSet:
         check_images(self.images, self.paths)
         self.labels, self.classes = check_labels(self.labels, len(self), self.classes)
         self.times = check_times(self.times, len(self))
+        if (rows := len(self if self.embeddings is None else self.embeddings)) != len(self):
+            raise UserError(f'{len(self)} images need {len(self)} rows of embeddings, not {rows}.')
     def __len__(self): return len(self.images)
     def __getitem__(self, index):
         "The images at a number, a slice, positions or N booleans. Raises `IndexError` when these do not fit."
@@ -157,8 +158,7 @@ class ImageSet:
         paths = None if self.paths is None else [self.paths[i] for i in which.tolist()]
         chosen = {k: v[index] for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, paths=paths, **chosen)
-    def to(self, device):
-        "The same with its tensors on another device."
+    def to(self, device): # the same with its tensors there
         return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
     @property
     def n_classes(self):
@@ -366,19 +366,20 @@ def open_picture(
     if callable(file): file = file()
     return nullcontext(file) if isinstance(file, Image.Image) else Image.open(file, formats=image_formats())
 
-
 # %% ../nbs/00_data.ipynb #0d893d7f
 def decode_image(
     file: object,      # an image file, or see `open_picture`
     size: int,         # side of the result in pixels
     channels: int,     # 1 or 3
     white: float | None = None,   # of more than 8 bits, the value that becomes 255; None: 65535, of floats 1
+    fit: str = 'crop', # the middle square; or the 'whole' picture, on white
 ) -> np.ndarray:       # channels×size×size uint8
-    "One file, shorter side resized to `size` with antialiasing, center cropped. Raises what Pillow raises."
+    "One file, resized with antialiasing to a square of `size`. Raises what Pillow raises."
     with open_picture(file) as image:
         if image is not file: image.draft(None, (4*size, 4*size))   # JPEG: skip what shrinking would remove
         image = upright_8bit(image, white)
     image = image.convert('L' if channels == 1 else 'RGB')
+    if fit == 'whole': image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color='white')
     side = min(image.size)
     left, top = (image.width - side)//2, (image.height - side)//2
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
@@ -459,13 +460,12 @@ def read_images(
     files: list,             # image files of any mode and size
     size: int,               # side of the result in pixels
     channels: int,           # 1 or 3
-    progress: bool = False,  # show a bar
-    white: float | None = None,  # see `decode_image`
+    *how: object,            # white and fit, see `decode_image`
 ) -> tuple[Tensor, list]:    # M×channels×size×size uint8; (path, reason) of the files skipped
     "Read files into memory, in their order; skip what cannot be read. Raises `UserError` (wrong size)."
     check_size(size, channels)
     images, skipped = np.empty((len(files), channels, size, size), np.uint8), []
-    for i, found in enumerate(decode_files(files, size, channels, white, progress=progress)):
+    for i, found in enumerate(decode_files(files, size, channels, *how)):
         if isinstance(found, str): skipped.append((str(files[i]), found))
         else: images[i - len(skipped)] = found
     return torch.from_numpy(images[:len(files) - len(skipped)]), skipped
@@ -497,6 +497,7 @@ def choose_shape(
     size: int | None = None,      # None: the median of their shorter sides, at most 96
     channels: int | None = None,  # None: 1 if all are gray, else 3
     white: float | None = None,   # of more than 8 bits; None: by the highest value
+    fit: str = 'crop',            # see `decode_image`
 ) -> tuple[int, int, dict]:       # size, channels, and what the files are, see `ImageSet`
     "One shape for all files. Raises `UserError` (wrong size)."
     check_size(size, channels)
@@ -504,8 +505,9 @@ def choose_shape(
     if not heads: return size or 1, channels or 1, {}
     widths, heights, gray, frames, high = (np.array(x) for x in zip(*heads))
     short, long = np.minimum(widths, heights), np.maximum(widths, heights)
-    facts = dict(sides=[int(short.min()), int(long.max())], outside=float((1 - short/long).mean()),
-                 frames=int((frames - 1).sum()), stacks=int((frames > 1).sum()))
+    facts = dict(sides=[int(short.min()), int(long.max())], frames=int((frames - 1).sum()),
+                 stacks=int((frames > 1).sum()))
+    if fit == 'crop': facts['outside'] = float((1 - short/long).mean())
     if high.any(): facts['white'] = white or find_white(float(high.max()))
     facts['kinds'] = Counter(Path(file).suffix.lower() for file in files if isinstance(file, (str, Path)))
     with ThreadPoolExecutor() as pool:
@@ -564,13 +566,12 @@ def image_folder(
     size: int | None = None,      # side in pixels; None: the median shorter side, at most 96
     channels: int | None = None,  # 1 or 3; None: 1 if all files are gray, else 3
     labels: bool | None = None,   # subfolders as classes: None if there are any, True they must, False never
-    progress: bool = False,       # show a bar while decoding
     white: float | None = None,   # see `decode_image`; None: by the highest value of all
 ) -> ImageSet:                    # sorted by path
     "All images of a folder, decoded into memory. Raises `UserError` (no image, wrong size, no labels)."
     files, folder = find_images(folder), Path(folder).expanduser()
     *shape, facts = choose_shape(files, size, channels, white)
-    images, skipped = read_images(files, *shape, progress, facts.get('white'))
+    images, skipped = read_images(files, *shape, facts.get('white'))
     data = name_images(images, folder, files, skipped)
     y, classes = class_labels(data.paths, labels)
     facts |= {} if y is None else dict(labels='the subfolders')
@@ -581,11 +582,10 @@ def as_image_set(
     source: object,               # ImageSet, folder, or array/tensor as in `to_nchw` and `to_uint8`
     size: int | None = None,      # side in pixels: a folder is resized to it, others must have it
     channels: int | None = None,  # a folder is converted to it (1 or 3), others must have it (1 to 16)
-    progress: bool = False,       # show a bar while a folder is decoded
     white: float | None = None,   # see `to_uint8` and `decode_image`; None: by the highest value
 ) -> ImageSet:                    # an ImageSet comes back as it is
     "Whatever holds images as an `ImageSet`. Raises `UserError` when it holds none, or of another shape."
-    if isinstance(source, (str, Path)): return image_folder(source, size, channels, None, progress, white)
+    if isinstance(source, (str, Path)): return image_folder(source, size, channels, None, white)
     if isinstance(source, np.ndarray): source = array_to_tensor(source)
     check_size(size, channels, range(1, MAX_CHANNELS + 1))
     if isinstance(source, Tensor): source = numbers_to_set(to_nchw(source, channels), white)

@@ -127,7 +127,7 @@ def read_folder(
     folder: Path,          # the folder
     files: list,           # its images
     chosen: list,          # those of them to read; all of them decide on what is None
-    shape: tuple,          # size, channels and white, see `choose_shape`, or None
+    shape: tuple,          # size, channels, white and fit, see `choose_shape`; but for fit perhaps None
     cache: Path,           # folder for the decoded images
     progress: bool,        # show a bar while decoding
 ) -> ImageSet:             # what can be read, with paths and without labels
@@ -136,7 +136,7 @@ def read_folder(
     def source():
         side, c, facts = choose_shape(files, *shape)
         facts['others'] = _not_looked_at(folder)
-        return (c, side, side), unchanged(side, c, facts.get('white')), facts
+        return (c, side, side), unchanged(side, c, facts.get('white'), shape[3]), facts
     def unchanged(*how):
         yield from decode_files(chosen, *how, progress=progress)
         if name() != file.stem: raise UserError(f"'{folder}' changed while it was read: run again.")
@@ -313,6 +313,7 @@ def image_folder(
     splits: str | Path | None = None, # a CSV of splits; None: the CSV of the labels
     times: str | Path | None = None,  # 'names': from the file names; or a CSV
     white: float | None = None,       # see `decode_image`; None: by the highest value of all
+    fit: str = 'crop',                # likewise
 ) -> ImageSet:                        # sorted by path; label -1 where the CSV has none
     "A folder, decoded once into a memory-mapped file. Raises `UserError` (no image, no cache, wrong CSV)."
     folder = Path(folder).expanduser()
@@ -321,8 +322,8 @@ def image_folder(
     chosen = names if whole else choose_split(names, split, table if splits is None else splits)
     label_of = None if table is None else csv_labels(table, names)   # before decoding, which takes long
     time_of = None if times is None else read_times(times, names, chosen)
-    some = [files[n] for n in chosen]
-    data = read_folder(folder, [*files.values()], some, (size, channels, white), cache_dir(cache), progress)
+    some, shape = [files[n] for n in chosen], (size, channels, white, fit)
+    data = read_folder(folder, [*files.values()], some, shape, cache_dir(cache), progress)
     y, classes = label_of or folder_labels(names, labels, data.skipped)
     y, t = ([of[p] for p in data.paths] if of else None for of in (y, time_of))
     told = _whence(y and table, y, 'labels') | _whence(splits or table, not whole, 'splits')
@@ -354,10 +355,11 @@ def as_image_set(
     cache: str | Path | None = None,  # folder for the decoded images of a folder
     progress: bool = False,           # show a bar while a folder is decoded
     white: float | None = None,       # see `to_uint8` and `decode_image`; None: by the highest value
+    fit: str = 'crop',                # of a folder, see `decode_image`
 ) -> ImageSet:                        # an ImageSet comes back as it is
     "Whatever holds images as an `ImageSet`. Raises `UserError` when it does not hold images."
     if isinstance(source, (str, Path)):
-        return image_folder(source, size, channels, cache, progress=progress, white=white)
+        return image_folder(source, size, channels, cache, progress=progress, white=white, fit=fit)
     return lesson.as_image_set(source, size, channels, white=white)
 
 # %% ../nbs/00a_datasets.ipynb #25b32395
@@ -601,7 +603,7 @@ def imagenet_subset(
     folder, parts = (root, ['train', 'val']) if split == 'all' else (root/split, ['.'])
     names = [choose_classes(classes, folder/part) for part in parts][0]
     files = [f for part in parts for name in names for f in find_images(folder/part/name)]
-    data = read_folder(folder, files, files, (size, 3, None), cache_dir(cache), progress)
+    data = read_folder(folder, files, files, (size, 3, None, 'crop'), cache_dir(cache), progress)
     index = {name: i for i, name in enumerate(names)}
     labels = [index[p.split('/')[len(parts) - 1]] for p in data.paths]
     return replace(data, labels=labels, classes=list(names.values()))
@@ -806,7 +808,7 @@ def _open_imagenet(name, part, size, channels, place, progress):
 # %% ../nbs/00a_datasets.ipynb #131f982b
 def _open_folder(name, part, size, channels, place, progress):
     "A user's own folder: all of it is for training, unless a CSV of splits or its subfolders say otherwise."
-    place, split, known = dict(place), None, {'labels', 'splits', 'times', 'cache', 'white'}
+    place, split, known = dict(place), None, {'labels', 'splits', 'times', 'cache', 'white', 'fit'}
     folder = Path(place.pop('root', None) or name).expanduser()
     if unknown := place.keys() - known:
         raise UserError(f"'{min(unknown)}' is no setting of {name}: give root, {', '.join(sorted(known))}.")
@@ -879,7 +881,8 @@ def share_classes(
             for k, s in splits.items()}
 
 # %% ../nbs/00a_datasets.ipynb #068523de
-def _white(name, white): return dict(white=white) if white and not dataset_name(name) else {}
+def _how(name, white, fit): # for `image_folder`
+    return {} if dataset_name(name) else ({'white': white} if white else {}) | {'fit': fit}
 
 # %% ../nbs/00a_datasets.ipynb #00aa0002
 def load_splits(
@@ -891,12 +894,13 @@ def load_splits(
     progress: bool = False,         # show a bar while files are decoded
     unlabeled: bool = True,         # with what the pretext task alone may see
     white: float | None = None,     # of a folder, see `image_folder`
+    fit: str = 'crop',              # likewise
 ) -> dict[str, ImageSet]:           # 'all'; or 'train' and 'test', and perhaps 'pretext' for that task alone
     "The images of a run. Raises `UserError` when they are not to be had."
     known = {dataset_name(k) or k: place for k, place in ((env or {}).get('data') or {}).items()}
     def part(name, which, size, channels, white):
         place = known.get(dataset_name(name) or name)
-        place = (place if isinstance(place, dict) else dict(root=place)) | _white(name, white)
+        place = (place if isinstance(place, dict) else dict(root=place)) | _how(name, white, fit)
         return open_images(name, which, size, channels, place, progress)
     shape = size, channels, white
     if test_name is None: return {'all': part(name, 'all', *shape)}
@@ -929,7 +933,8 @@ def name_channels(
 
 def _left_out(data):
     "What became of files, and of parts of them, that no image shows."
-    facts, n, same = data.facts, len(data.skipped), _duplicates(data.images)
+    facts, n = data.facts, len(data.skipped)
+    same = 0 if facts.get('blank') else _duplicates(data.images)
     said = []
     if n: said.append("{} unreadable, such as '{}' ({})".format(n, *data.skipped[0]))
     if facts.get('outside', 0) >= .01:
@@ -948,6 +953,7 @@ def describe(
     "What was understood of what a person brought."
     first, data = next(iter(splits.items()))
     c, h, w = data.images.shape[1:]
+    z, blank = data.embeddings, data.facts.get('blank')
     count = ' and '.join(f'{len(v):,} {k}' if len(splits) > 1 else f'{len(v):,}' for k, v in splits.items())
     lines = [f"{count} images of {h}×{w} pixels, {name_channels(c)}"]
     if kinds := data.facts.get('kinds'):
@@ -956,6 +962,8 @@ def describe(
         lines[0] += f', from {files} of {low} to {high} pixels' if low < high else f', from {files}'
     if white := data.facts.get('white'): lines[0] += f'; values from 0 to {white:,g} are black to white'
     lines[0] += '.'
+    if blank: lines[0] = f'{count} images, of which there are features only.'
+    if z is not None: lines[0] = f'{lines[0][:-1]}; {z.shape[1]:,} features of each, computed elsewhere.'
     if where := data.facts.get('splits'): lines[0] = f'{lines[0][:-1]}; {where} say which is which.'
     more = _left_out(data)
     if data.labels is None: return [*map(one_line, [*lines, 'No labels: nothing is graded.', *more])]
@@ -973,4 +981,5 @@ def fingerprint_images(
     n, digest = len(data), hashlib.sha256()
     some = data if n <= 100_000 else data[torch.linspace(0, n - 1, 1024).round().long()]
     for rows in some.images.split(4096): digest.update(rows.cpu().contiguous().numpy())
+    if data.embeddings is not None: digest.update(data.embeddings.contiguous().numpy())
     return dict(images=n, shape=list(data.images.shape[1:]), sha256=digest.hexdigest()[:20])

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .data import ImageSet, UserError
+from .frozen import add_features
 from .datasets import share_classes
 from .distributed import place
 from .evaluate import grade
@@ -20,7 +21,7 @@ from .models import ClusteringModel
 from .n_clusters import suggest_n_clusters
 from .neighbors import center_crop, embed
 from .recipe_files import PRESETS, find_recipe, to_yaml
-from .recipes import Recipe
+from .recipes import FROZEN, Recipe, matrix_recipe
 from .report import summarize
 from .files import writing
 from .run_folder import open_folder, read_model, write_model
@@ -43,24 +44,32 @@ class SCAN:
         self.n_clusters, self.recipe, self.seed = n_clusters, recipe, seed
         self.device, self.out, self.progress = device, out, progress
 
-    def fit(self, images: object, labels: object = None, test: object = None, pretext: object = None):
+    def fit(self, images: object = None, labels: object = None, test: object = None, pretext: object = None,
+            embeddings: object = None):
         """Learn clusters; continue a killed run when `out` is set. Raises UserError for any wrong input.
 
         images: an ImageSet, a folder, an array, a list, a Dataset, a table …, see `as_image_set`
         labels: N of any kind, only to grade the result; None: those of the images, if they have any
         test: held-out images: graded too, never trained on
         pretext: images for the pretext task alone, in place of `images`
+        embeddings: N×D features from elsewhere, or a file, see `read_matrix`; images are then only shown
         """
         device, progress = pick_device(self.device), self.progress and not place()[0]
         recipe, out = self._base(device), None if self.out is None else Path(self.out).expanduser()
-        size = recipe.size if holds_pictures(images) else None
-        data = as_image_set(images, size, recipe.channels, progress=progress, white=recipe.white)
+        how, data = dict(white=recipe.white, fit=recipe.fit), None
+        if images is not None or embeddings is None:
+            size = recipe.size if holds_pictures(images) else None
+            data = as_image_set(images, size, recipe.channels, progress=progress, **how)
+        if embeddings is not None: data = add_features(embeddings, data)
+        if (z := data.embeddings) is not None:
+            recipe = matrix_recipe(z.shape[1], recipe if self.recipe else FROZEN.change(self._own()))
         if labels is not None: data = self._labeled(data, labels)
         if data.labels is not None and not (data.labels >= 0).any(): data = replace(data, labels=None)
-        shape, white = list(data.images.shape[1:]), data.facts.get('white', recipe.white)
+        shape, how['white'] = list(data.images.shape[1:]), data.facts.get('white', recipe.white)
         splits = {'all' if test is None else 'train': data}
-        if test is not None: splits['test'] = self._fitting(test, shape, white)
-        if pretext is not None: splits['pretext'] = self._fitting(pretext, shape, white)
+        if test is not None:
+            splits['test'] = self._fitting(test, shape, **how) if z is None else self._given(test, z.shape[1])
+        if pretext is not None: splits['pretext'] = self._fitting(pretext, shape, **how)
         splits = share_classes(splits)
         recipe = Recipe.for_images(data, device, recipe)
         new = progress and place()[1] == 1 and not (out and any(out.glob('**/checkpoint*')))
@@ -72,7 +81,7 @@ class SCAN:
         self.metrics_ = summarize(outcomes, splits, out, device, report=True)
         last, first = outcomes[-1], outcomes[0]
         self.model_, self.shape_, self.recipe_ = last.load(device), last.shape, recipe
-        self.white_ = last.recipe.white   # of images of more than 8 bits
+        self.white_, self.fit_ = last.recipe.white, last.recipe.fit   # of files, see `decode_image`
         self._parts = {outcome.recipe.stage: outcome.recipe for outcome in outcomes}
         self.labels_ = list(last.clusters.values())[-1][next(iter(splits))].long().numpy()
         self.embeddings_, self.neighbors_ = first.embeddings.numpy(), first.neighbors.numpy()
@@ -98,7 +107,7 @@ class SCAN:
     def transform(self, images: object) -> np.ndarray:
         "The features of the newest model: N×D float32. Raises UserError for images of another shape."
         seen = self._look(images)[1]
-        return embed(self.model_, seen).numpy()
+        return (seen if seen.ndim == 2 else embed(self.model_, seen)).numpy()
 
     def scores(self, images: object, labels: object = None) -> dict:
         "acc, nmi, ari, … of any images with labels; None: their own. Raises UserError without labels."
@@ -127,7 +136,7 @@ class SCAN:
         model, stages, shape = read_model(Path(folder).expanduser(), pick_device(device))
         scan = cls(recipe=Recipe.of(stages), device=device)
         scan.model_, scan.shape_, scan.recipe_, scan._parts = model, shape, scan.recipe, stages
-        scan.white_ = [*stages.values()][-1].white
+        scan.white_, scan.fit_ = scan.recipe.white, scan.recipe.fit
         return scan
 
     def get_params(self, deep: bool = True) -> dict:
@@ -159,8 +168,10 @@ class SCAN:
     def __sklearn_is_fitted__(self): return hasattr(self, 'model_')
 
     def _base(self, device): # the recipe, with the settings of this object
-        own = {k: v for k in ('n_clusters', 'seed') if (v := getattr(self, k)) not in (None, 'auto')}
-        return find_recipe(self.recipe or 'folder', device).change(own)
+        return find_recipe(self.recipe or 'folder', device).change(self._own())
+
+    def _own(self): # settings that stand beside the recipe
+        return {k: v for k in ('n_clusters', 'seed') if (v := getattr(self, k)) not in (None, 'auto')}
 
     def _named(self): # the recipe for any device
         if isinstance(self.recipe, Recipe): return self.recipe
@@ -168,19 +179,27 @@ class SCAN:
 
     def _look(self, images): # an ImageSet of the right shape, and what the model sees of it
         self._check_fitted()
-        data = self._fitting(images, self.shape_, self.white_)
+        if [*self._parts.values()][-1].backbone.startswith('matrix:'):
+            data = self._given(images, self.model_.backbone.dim)
+            return data, data.embeddings
+        data = self._fitting(images, self.shape_, white=self.white_, fit=self.fit_)
         return data, center_crop(data.images, [*self._parts.values()][-1].size or min(self.shape_[1:]))
+
+    def _given(self, source, dim): # an ImageSet with N×dim features
+        data = source if getattr(source, 'embeddings', None) is not None else add_features(source)
+        if (d := data.embeddings.shape[1]) == dim: return data
+        raise UserError(f'There are {d} features of each image, but {dim} are needed: use the same network.')
 
     def _labeled(self, data, labels): # the data with other labels
         return replace(data, labels=labels, classes=None)
 
-    def _fitting(self, images, shape, white): # an ImageSet of C×H×W: pictures are resized, others refused
+    def _fitting(self, images, shape, **how): # an ImageSet of C×H×W: pictures are resized, others refused
         files = holds_pictures(images)   # in other images, C only tells apart how they may be read
         known = files or not isinstance(images, ImageSet) and shape[0] in getattr(images, 'shape', shape)
         one = tuple(shape), (*shape[1:], shape[0]), tuple(shape[1:])*(shape[0] == 1)   # as one image may come
         if isinstance(images, (Tensor, np.ndarray)) and tuple(images.shape) in one: images = images[None]
         data = as_image_set(images, shape[1] if files else None, shape[0] if known else None,
-                            progress=self.progress and not place()[0], white=white)
+                            progress=self.progress and not place()[0], **how)
         is_, wanted = ('×'.join(map(str, v)) for v in (data.images.shape[1:], shape))
         if is_ == wanted: return data
         raise UserError(f'The images are {is_}, but {wanted} (channels×height×width) is needed: convert.')

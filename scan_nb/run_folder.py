@@ -18,7 +18,7 @@ from .augment import Normalize
 from .data import ImageSet, UserError
 from .datasets import fingerprint_images
 from .distributed import from_first, place
-from .frozen import make_frozen
+from .frozen import GivenFeatures, make_frozen
 from .files import digest, read_array, read_json, without_itself, writing
 from .models import (ClusteringModel, ContrastiveModel, SideBySide, load_weights, make_backbone,
                             official_state, read_weights)
@@ -48,7 +48,9 @@ def make_model(
     r = recipe
     with seeded(r.seed):
         def one():
-            if r.backbone.startswith('frozen:'): return make_frozen(r.backbone.removeprefix('frozen:'))
+            kind, _, name = r.backbone.partition(':')
+            if kind == 'frozen': return make_frozen(name)
+            if kind == 'matrix': return GivenFeatures(int(name))
             return make_backbone(r.backbone, shape[0], r.size or min(shape[1:]), **r.backbone_options)
         nets = [one() for _ in range(n_networks or r.n_networks)]
         backbone = nets[0] if len(nets) == 1 else SideBySide(*nets)

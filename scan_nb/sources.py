@@ -127,7 +127,7 @@ class Items:
 # %% ../nbs/00b_sources.ipynb #f86d2048
 def read_paths(
     items: Items,    # paths
-    shape: tuple,    # size, channels and white, see `choose_shape`
+    shape: tuple,    # size, channels, white and fit, see `choose_shape`
     cache: Path,     # folder for the decoded images
     progress: bool,  # show a bar
 ) -> tuple:          # an ImageSet, and which of the items are in it
@@ -136,7 +136,8 @@ def read_paths(
     files = [Path(name).expanduser().absolute() for name in names]
     def source():
         side, c, facts = choose_shape(files, *shape)
-        return (c, side, side), decode_files(files, side, c, facts.get('white'), progress=progress), facts
+        images = decode_files(files, side, c, facts.get('white'), shape[3], progress=progress)
+        return (c, side, side), images, facts
     file = cache/f'images-{fingerprint(Path(files[0].anchor), files, *shape)}.npy'
     images, skipped, facts = decode_once(file, len(files), source)
     bad = dict(skipped)
@@ -149,7 +150,7 @@ def read_paths(
 # %% ../nbs/00b_sources.ipynb #b08ca00d
 def read_pictures(
     items: Items,    # PIL images
-    shape: tuple,    # size, channels and white, see `choose_shape`
+    shape: tuple,    # size, channels, white and fit, see `choose_shape`
     cache: Path,     # not used
     progress: bool,  # show a bar
 ) -> tuple:          # an ImageSet, and which of the items are in it: all
@@ -157,7 +158,8 @@ def read_pictures(
     pictures = [partial(items.get, i) for i in range(len(items))]
     side, c, facts = choose_shape(pictures, *shape)
     images = np.empty((len(items), c, side, side), np.uint8)
-    for i, found in enumerate(decode_files(pictures, side, c, facts.get('white'), progress=progress)):
+    how = side, c, facts.get('white'), shape[3]
+    for i, found in enumerate(decode_files(pictures, *how, progress=progress)):
         if isinstance(found, str):
             raise UserError(found if found.startswith('Image') else f'Image {i} cannot be used: {found}.')
         images[i] = found
@@ -174,7 +176,7 @@ def as_array(
 
 def read_arrays(
     items: Items,    # arrays or tensors
-    shape: tuple,    # size, channels and white, see `as_image_set`
+    shape: tuple,    # size, channels, white and fit, see `as_image_set`
     cache: Path,     # not used
     progress: bool,  # show a bar
 ) -> tuple:          # an ImageSet, and which of the items are in it: all
@@ -189,7 +191,7 @@ def read_arrays(
             raise UserError(f'Image {i} is {one} {image.dtype}, but the first is {all_} {found.dtype}: '
                             'bring all to one shape and type.')
         found[i] = image
-    size, channels, white = shape
+    size, channels, white, _ = shape
     return room.as_image_set(array_to_tensor(found), size, channels, white=white), range(len(items))
 
 # %% ../nbs/00b_sources.ipynb #ec19ec9d
@@ -216,9 +218,10 @@ def as_image_set(
     cache: str | Path | None = None,  # folder for the decoded images of files
     progress: bool = False,           # show a bar
     white: float | None = None,       # see `to_uint8` and `decode_image`; None: by the highest value
+    fit: str = 'crop',                # of files and pictures, see `decode_image`
 ) -> ImageSet:                        # with labels, if the items have some; an ImageSet comes back as it is
     "Whatever holds images as an `ImageSet`. Raises `UserError` when it does not hold images."
-    if is_whole(source): return room.as_image_set(source, size, channels, cache, progress, white)
+    if is_whole(source): return room.as_image_set(source, size, channels, cache, progress, white, fit)
     items = Items(source)
     read = dict(path=read_paths, picture=read_pictures, array=read_arrays)[items.kind]
-    return items.labeled(*read(items, (size, channels, white), cache_dir(cache), progress))
+    return items.labeled(*read(items, (size, channels, white, fit), cache_dir(cache), progress))

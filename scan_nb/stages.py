@@ -212,9 +212,10 @@ def _learn_features(stage): # a trained ContrastiveModel, on the device
     "SimCLR or MoCo (SCAN, section 2.1), or the published MoCo v2. Raises UserError when that is missing."
     r, data, nets = stage.recipe, stage.images.get('pretext', stage.data), []
     if r.setup == 'frozen':
-        model, name = stage.model(), r.backbone.removeprefix('frozen:')
-        load_frozen(model.backbone, name, r.pretrained)
-        stage.note('pretext', [], True, f'features of {name}, which others trained', 0.)
+        (kind, _, name), model = r.backbone.partition(':'), stage.model()
+        if kind == 'frozen': load_frozen(model.backbone, name, r.pretrained)
+        what = f'features of {name}, which others trained' if kind == 'frozen' else 'features from elsewhere'
+        stage.note('pretext', [], True, what, 0.)
         return tune(model.to(stage.device), r.precision)
     if r.pretrained:
         stage.note('pretext', [], True, f"the weights of '{Path(r.pretrained).name}'", 0.)
@@ -258,6 +259,7 @@ def find_pairs(
 def _frozen(stage, model, split): # N×D, or None
     "Features of a frozen network; a run in a folder keeps them for the next one with these images."
     if stage.recipe.setup != 'frozen' or stage.recipe.n_views: return None
+    if (z := stage.splits[split].embeddings) is not None: return z
     images, kept = stage.seen(stage.splits[split].images), None
     if stage.folder: kept = cache_dir()/f"features-{fingerprint_images(ImageSet(images))['sha256']}"
     name = digest(model.backbone.state_dict() | {'name': stage.recipe.backbone})
@@ -414,8 +416,10 @@ def estimate_seconds(
     frozen = r.setup == 'frozen'
     part, trainer = stage.data.images[:32 if frozen else 3*r.batch_size], TRAINERS.get(r.setup)
     model = make_model(r, stage.shape, make_normalize(r, images=part), n_networks=1).to(stage.device)
-    epoch = r.n_networks*n/len(part)*seconds_of(lambda: embed(model, part) if frozen else trainer(
-        tune(model, r.precision), part, stage.views(), epochs=1, batch_size=r.batch_size, lr=0.))
+    def step(): return embed(model, part) if frozen else trainer(
+        tune(model, r.precision), part, stage.views(), epochs=1, batch_size=r.batch_size, lr=0.)
+    given = stage.data.embeddings is not None
+    epoch = 0. if given else r.n_networks*n/len(part)*seconds_of(step)
     z = torch.randn(few, r.n_networks*model.backbone.dim, generator=g).to(stage.device)
     k, power = min(r.n_neighbors, few - 1), 2 if r.index == 'exact' else 1
     near = torch.randint(few, (few, k), generator=g).to(stage.device)

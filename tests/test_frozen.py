@@ -1,5 +1,4 @@
 "Features of a network that others trained: weights, sizes, channels, one pass, and a kill in between."
-import shutil
 import numpy as np
 import pytest, timm, torch
 from PIL import Image
@@ -28,6 +27,9 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def recipe(weights): return frozen_recipe(TINY, weights).change(FEW | {'n_clusters': 3})
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path): monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
 
 @pytest.fixture
 def passed(monkeypatch): # images that went through a network
@@ -157,14 +159,17 @@ def test_each_image_passes_once(recipe, passed, tmp_path):
     again = SCAN(recipe=recipe, device='cpu', out=tmp_path/'run').fit(data[:40], test=data[40:])
     assert not passed and (again.labels_ == scan.labels_).all()
 
-def test_others_heads_on_the_same_features(recipe, passed, tmp_path):
-    "The features stay; only heads are trained anew."
+def test_other_heads_on_the_same_features(recipe, passed, tmp_path):
+    "In another folder: only heads are trained anew. Other images and other networks have other features."
     data = digits()[:40]
-    SCAN(recipe=recipe, device='cpu', out=tmp_path/'run').fit(data)
-    shutil.rmtree(tmp_path/'run/scan')
+    a = SCAN(recipe=recipe, device='cpu', out=tmp_path/'a').fit(data)
     passed.clear()
-    SCAN(recipe=recipe.change({'n_clusters': 3}), device='cpu', out=tmp_path/'run').fit(data)
-    assert not passed
+    b = SCAN(4, recipe=recipe, device='cpu', out=tmp_path/'b').fit(data)
+    assert not passed and (a.embeddings_ == b.embeddings_).all()
+    SCAN(recipe=recipe, device='cpu', out=tmp_path/'c').fit(digits()[40:80])
+    assert sum(passed) == 40
+    SCAN(recipe=recipe, device='cpu').fit(data)   # in memory nothing is kept
+    assert sum(passed) == 80
 
 def test_predict_agrees_with_the_run(recipe, tmp_path):
     data = digits()[:60]
@@ -172,7 +177,6 @@ def test_predict_agrees_with_the_run(recipe, tmp_path):
     loaded = SCAN.load(tmp_path/'run', 'cpu')
     assert (loaded.predict(data) == scan.labels_).all()
     np.testing.assert_allclose(loaded.transform(data), scan.embeddings_, atol=1e-4)
-    assert not list((tmp_path/'run/pretext/frozen').glob('features-*'))
 
 def test_a_kill_between_blocks(recipe, passed, tmp_path, monkeypatch):
     data, blocks = digits()[:60], embed_blocks
