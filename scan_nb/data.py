@@ -291,8 +291,7 @@ def find_white(
     high: float,   # the highest value of a whole set of images
 ) -> float:        # what white is there; 1, which then fits them not, for values a little above 1
     "The next step of `WHITES`."
-    if 1 < high < 2: return 1
-    return next((w for w in WHITES if high <= w), WHITES[-1])
+    return 1 if 1 < high < 2 else next((w for w in WHITES if high <= w), WHITES[-1])
 
 def numbers_to_set(
     x: Tensor,             # N×C×H×W, numbers
@@ -305,6 +304,13 @@ def numbers_to_set(
     return ImageSet(to_uint8(x, white), facts=dict(white=white))
 
 # %% ../nbs/00_data.ipynb #97fa691e
+def open_picture(
+    file: object,   # path of an image file, a PIL image, or a function that gives one
+) -> object:        # a context manager that gives the image
+    "Raises what Pillow, or the function, raises."
+    if callable(file): file = file()
+    return nullcontext(file) if isinstance(file, Image.Image) else Image.open(file, formats=image_formats())
+
 def is_deep(
     image: Image.Image,   # opened
 ) -> bool:                # has it more than 8 bits?
@@ -357,14 +363,6 @@ def image_formats() -> list[str]: # Pillow's names of these, as far as it can re
     Image.init()
     known = 'PNG', 'JPEG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM', 'JPEG2000', 'AVIF'
     return [name for name in known if name in Image.OPEN]
-
-# %% ../nbs/00_data.ipynb #bb10c596
-def open_picture(
-    file: object,   # path of an image file, a PIL image, or a function that gives one
-) -> object:        # a context manager that gives the image
-    "Raises what Pillow, or the function, raises."
-    if callable(file): file = file()
-    return nullcontext(file) if isinstance(file, Image.Image) else Image.open(file, formats=image_formats())
 
 # %% ../nbs/00_data.ipynb #0d893d7f
 def decode_image(
@@ -428,6 +426,7 @@ def try_decode(
     except ValueError as e: return str(e)
     except Exception as e: return f'{type(e).__name__}: {e}'
 
+# %% ../nbs/00_data.ipynb #74019547
 def decode_files(
     files: list,             # image files, or see `open_picture`
     *how: object,            # size, channels and white, see `decode_image`
