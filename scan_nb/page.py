@@ -27,6 +27,7 @@ _BOXES = '''
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(136px, 1fr)); gap: 12px }
 .tiles div, .card { background: var(--card); border: 1px solid var(--line); border-radius: 9px; padding: 9px }
 .tiles b { display: block; font-size: 26px; line-height: 1.2 } .tiles span { display: block; font-size: 13px }
+.note, p, h3, figure { overflow-wrap: anywhere }
 .note { border-left: 4px solid var(--wrong); padding: 6px 12px; margin: 10px 0; background: var(--card) }
 .card { margin: 12px 0; border-left: 6px solid var(--color) } .card h3 { margin: 0; font-size: 17px }
 .card h3 small { font-weight: normal; color: var(--soft); margin-left: 8px }
@@ -93,20 +94,6 @@ _HEAD = '''<!doctype html>
 {% for note in notes %}<div class="note">{{ note }}</div>{% endfor %}
 '''
 
-# %% ../nbs/11c_page.ipynb #84f26490
-_CLUSTERS = '''
-{% macro thumb(x, kind='', caption='') %}<figure class="{{ kind }}{{ ' wrong' if x.wrong }}">
-{% if x.link %}<a href="{{ x.link }}">{% endif -%}
-<img src="{{ x.src }}" alt="{{ x.title }}" title="{{ x.title }}">
-{%- if x.link %}</a>{% endif %}{{ caption }}</figure>{% endmacro %}
-{% macro thumbs(some, big=False) %}<div class="thumbs">
-{% for x in some %}{{ thumb(x, 'first' if big and loop.first else '') }}{% endfor %}</div>{% endmacro %}
-{% if clusters %}<h2 id="clusters">Clusters</h2>
-<p>The large image is the cluster's prototype: of its most certain images, the one nearest to their mean.
-A bar shows the size. {% if labels %}Framed images have another label than their cluster. {% endif %}Point at
-an image for its name{% if links %}, click to open the file{% endif %}.</p>{% endif %}
-'''
-
 # %% ../nbs/11c_page.ipynb #ac6dfcd5
 _NAMES = '''
 {% if clusters %}<h2 id="names">Names</h2>
@@ -120,6 +107,20 @@ again by <code>scan-nb report RUN</code>, use them too.</p>
 <details><summary>What will be saved</summary><pre id="yml" tabindex="0"></pre></details>
 <noscript><p>Without scripts, write <code>names.yml</code> by hand: a line per cluster, such as
 <code>3: cats</code>.</p></noscript>{% endif %}
+'''
+
+# %% ../nbs/11c_page.ipynb #84f26490
+_CLUSTERS = '''
+{% macro thumb(x, kind='', caption='') %}<figure class="{{ kind }}{{ ' wrong' if x.wrong }}">
+{% if x.link %}<a href="{{ x.link }}">{% endif -%}
+<img src="{{ x.src }}" alt="{{ x.title }}" title="{{ x.title }}">
+{%- if x.link %}</a>{% endif %}{{ caption }}</figure>{% endmacro %}
+{% macro thumbs(some, big=False) %}<div class="thumbs">
+{% for x in some %}{{ thumb(x, 'first' if big and loop.first else '') }}{% endfor %}</div>{% endmacro %}
+{% if clusters %}<h2 id="clusters">Clusters</h2>
+<p>The large image is the cluster's prototype: of its most certain images, the one nearest to their mean.
+A bar shows the size. {% if labels %}Framed images have another label than their cluster. {% endif %}Point at
+an image for its name{% if links %}, click to open the file{% endif %}.</p>{% endif %}
 '''
 
 # %% ../nbs/11c_page.ipynb #31ef53ba
@@ -316,7 +317,7 @@ if (find('seen')) watchMap(document.querySelector('.map svg'))
 
 # %% ../nbs/11c_page.ipynb #4002b7d3
 STYLE = _COLORS + _BOXES + _EXTRAS + _TABLES
-TEMPLATE = ''.join([_HEAD, _CLUSTERS, _NAMES, _CLUSTER, _CERTAIN, _ODD, _MAP, _STEPS,
+TEMPLATE = ''.join([_HEAD, _NAMES, _CLUSTERS, _CLUSTER, _CERTAIN, _ODD, _MAP, _STEPS,
                     _RECIPE])
 SCRIPT = '"use strict"' + _KEEP + _SAVE + _LOOK + _MOVE
 

@@ -512,7 +512,7 @@ def _draw_map(run): # of `read_examples`
     shown = run['examples']
     if 'points_images' not in shown or not len(shown['points']): return {}
     low, high = shown['points'].min(0), shown['points'].max(0)
-    at = np.array([30, 30]) + (shown['points'] - low)/np.maximum(high - low, 1e-9)*[940, 740]
+    at = [30, 770] + (shown['points'] - low)/np.maximum(high - low, 1e-9)*[940, -740]
     clusters = shown.get('points_cluster', np.full(len(at), -1))
     order = np.lexsort((at[:, 0], clusters))   # the way of the arrow keys
     found = sorted({*clusters.tolist()} - {-1})
