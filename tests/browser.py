@@ -76,9 +76,11 @@ class Browser:
     def middle(self, selector):
         found = f'document.querySelector({selector!r})'
         self.js(f'{found}.scrollIntoView({{block: "center"}})')
-        return self.js(f'(b => [b.x + b.width/2, b.y + b.height/2])({found}.getBoundingClientRect())')
+        middle = '(b => [b.x + b.width/2, b.y + b.height/2])'
+        return self.js(f'{middle}({found}.getBoundingClientRect())')
 
-    def mouse(self, kind, at, **more): self.call('Input.dispatchMouseEvent', type=kind, x=at[0], y=at[1], **more)
+    def mouse(self, kind, at, **more):
+        self.call('Input.dispatchMouseEvent', type=kind, x=at[0], y=at[1], **more)
 
     def click(self, selector):
         at = self.middle(selector)
