@@ -239,11 +239,6 @@ OPTIONS = dict(   # for argparse
     source=dict(metavar='SOURCE', help='a folder of images, or a data set: digits, fashion-mnist, cifar10 …'),
     run=dict(metavar='RUN', help='a run folder'),
     files=dict(nargs='+', metavar='FILES', help='images, or folders of images'),
-    to=dict(metavar='DIR', help='folder for the folders of clusters'),
-    copy=dict(action='store_true', help='copy the files (the default)'),
-    link=dict(action='store_true', help='no copies: a second name for each file'),
-    move=dict(action='store_true', help='move the files'),
-    undo=dict(action='store_true', help='as it was before: of DIR, or of all that was sorted for RUN'),
     recipe=dict(metavar='NAME|FILE', help='a preset, as best on fashion-mnist, or a YAML file'),
     n_clusters=dict(type=int, metavar='K', help='how many clusters (default: by the recipe)'),
     out=dict(metavar='PATH', help='folder of a run (default: runs/NAME), CSV of predict (default: stdout)'),
@@ -263,9 +258,17 @@ OPTIONS = dict(   # for argparse
     names=dict(nargs='*', metavar='NAME', help='benchmarks to run (default: all)'),
     list=dict(action='store_true', help='show the names, run nothing'),
     json=dict(metavar='FILE', help='write all that was measured, after each benchmark'),
-    quick=dict(action='store_true', help='small sizes, only to see that all of it works'),
-    **{'--source': dict(metavar='DIR', help='the pictures of the run (default: where they were)'),
-       '--names': dict(metavar='FILE', help='names of clusters, as 3: cats (default: names.yml in RUN)')})
+    quick=dict(action='store_true', help='small sizes, only to see that all of it works'))
+
+# %% ../nbs/13_cli.ipynb #94a52e41
+OPTIONS |= {   # of sort, and names of clusters
+    'to': dict(metavar='DIR', help='folder for the folders of clusters'),
+    'copy': dict(action='store_true', help='copy the files (the default)'),
+    'link': dict(action='store_true', help='no copies: a second name for each file'),
+    'move': dict(action='store_true', help='move the files'),
+    'undo': dict(action='store_true', help='as it was before: of DIR, or of all that was sorted for RUN'),
+    '--source': dict(metavar='DIR', help='the pictures of the run (default: where they were)'),
+    '--names': dict(metavar='FILE', help='names of clusters, as 3: cats (default: names.yml in RUN)')}
 
 # %% ../nbs/13_cli.ipynb #7cef8843
 COMMANDS = {   # what it does, in words and in code; its words (? optional) and options (! needed)

@@ -57,8 +57,10 @@ def _as_csv(rows): # a return in a field, which csv itself forgets to quote, is 
     for row in rows: (every if any('\r' in str(x) for x in row) else some).writerow(row)
     return file.getvalue()
 
+# %% ../nbs/03b_files.ipynb #382ebeee
 HEAD = ['path', 'index', 'cluster', 'confidence', 'name']   # of clusters.csv
 
+# %% ../nbs/03b_files.ipynb #eba79562
 def write_clusters(
     data: ImageSet,                      # N images
     probabilities: Tensor | np.ndarray,  # N×K
@@ -70,6 +72,7 @@ def write_clusters(
     return _as_csv([HEAD] + [[path, i, k, f'{confidence:.6f}', names[k] if names else '']
                              for i, (path, confidence, k) in enumerate(rows)])
 
+# %% ../nbs/03b_files.ipynb #68db1a3a
 def read_clusters(
     file: Path,               # clusters.csv
 ) -> list[list]:              # path, index, cluster (a number), confidence, name
@@ -93,6 +96,7 @@ def folder_name(
     taken = re.fullmatch(r'(con|prn|aux|nul|com\d|lpt\d)(\..*)?', name, re.I)
     return '' if taken or len(name.encode(errors='surrogateescape')) > 200 else name
 
+# %% ../nbs/03b_files.ipynb #931bc2ed
 def _alike(name): return ' '.join(unicodedata.normalize('NFKC', folder_name(name)).casefold().split())
 
 # %% ../nbs/03b_files.ipynb #4e134dd9
@@ -146,6 +150,7 @@ def cluster_names(
     names = [given.get(k, known[k] if known else '') for k in range(n_clusters)]
     return names if any(names) else None
 
+# %% ../nbs/03b_files.ipynb #b7fc7214
 def rename_clusters(
     folder: Path,              # of a run
     names: list[str] | None,   # K: what the clusters are called; None: nothing

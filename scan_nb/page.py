@@ -307,6 +307,10 @@ _MOVE = r'''
     show(now < 0 ? 0 : (now + step[e.key] + dots.length) % dots.length)
   }
 }
+'''
+
+# %% ../nbs/11c_page.ipynb #8205b5c7
+_START = r'''
 if (fields.length) {
   restore(); tell()
   fields.forEach(f => { f.oninput = () => { keep(); tell() } })
@@ -319,7 +323,7 @@ if (find('seen')) watchMap(document.querySelector('.map svg'))
 STYLE = _COLORS + _BOXES + _EXTRAS + _TABLES
 TEMPLATE = ''.join([_HEAD, _NAMES, _CLUSTERS, _CLUSTER, _CERTAIN, _ODD, _MAP, _STEPS,
                     _RECIPE])
-SCRIPT = '"use strict"' + _KEEP + _SAVE + _LOOK + _MOVE
+SCRIPT = '"use strict"' + _KEEP + _SAVE + _LOOK + _MOVE + _START
 
 # %% ../nbs/11c_page.ipynb #b9180aac
 def render_page(

@@ -106,6 +106,7 @@ def _shrink(images, side): # M×C×H×W
     size = [max(1, round(scale*length)) for length in images.shape[2:]]
     return torch.nn.functional.interpolate(images.float(), size, mode='area').round().to(images.dtype)
 
+# %% ../nbs/12a_report.ipynb #561b0328
 def _describe_points(data, index): # M int64: the images on the map
     "Their small pictures, and what they are called."
     paths = [data.paths[i] if data.paths else f'image {i}' for i in index.tolist()]
@@ -128,7 +129,7 @@ def save_examples(
     if probabilities is not None:
         clusters, n_clusters = probabilities.argmax(1), probabilities.shape[1]
         found |= choose_images(features, probabilities, max(6, min(24, 3000//n_clusters)))
-        if near and len(near[0]) == len(data): found |= find_oddities(*near)
+        if near and all(x is not None and len(x) == len(data) for x in near): found |= find_oddities(*near)
         index = torch.cat([found[k].flatten() for k in SHOWN if k in found]).unique()
         found |= _describe_images(data, probabilities, index[index >= 0])
         mean = [probabilities[clusters == k].amax(1).mean() for k in range(n_clusters)]
@@ -231,8 +232,6 @@ def summarize(
     features = embed(model, seen[first]) if folder else None
     p = {k: logits_of(model, x).softmax(1) for k, x in seen.items() if last.clusters}
     found, steps = compare(outcomes, splits, features, device), _steps(outcomes, splits)
-    if outcomes[0].embeddings is not None and outcomes[0].neighbors is not None:
-        found['near'] = outcomes[0].embeddings, outcomes[0].neighbors
     metrics = dict(
         data=describe(splits), device=torch.device(device).type, threads=torch.get_num_threads(),
         seconds=sum(s['seconds'] for s in steps.values()), baselines=_baselines(found['clusters'], splits),
@@ -242,7 +241,7 @@ def summarize(
         notes=_notes(last, data.skipped), skipped=data.skipped) | _names(data, p.get(first))
     best = {'acc', 'nmi', 'ari', 'n_clusters'}
     metrics = {k: v for k, v in metrics['splits'].get(final, {}).items() if k in best} | metrics
-    if folder: _write_results(Path(folder), metrics, splits, p, features, found, report)
+    if folder: _write_results(Path(folder), metrics, splits, p, features, found | dict(o=outcomes[0]), report)
     return metrics
 
 # %% ../nbs/12a_report.ipynb #12a00012
@@ -255,10 +254,11 @@ def _write_results(folder, metrics, splits, p, features, found, report): # p: pr
     for old in () if p else folder.glob('clusters*.csv'): old.unlink(missing_ok=True)
     jobs = [partial(write_table, folder/('clusters.csv' if name == first else f'clusters-{name}.csv'),
                     splits[name], v) for name, v in p.items()]
-    shown = splits[first], features, p.get(first), found['points'], found['index'], found.get('near')
+    shown = splits[first], features, p.get(first), found['points'], found['index']
+    near = found['o'].embeddings, found['o'].neighbors   # of the first outcome
     sealed = metrics | dict(sha256=digest({'metrics': json.dumps(metrics)}))
     jobs += [partial(write_text, folder/'metrics.json', json.dumps(sealed, indent=1)),
-             partial(save_examples, folder, *shown)]
+             partial(save_examples, folder, *shown, near)]
     if report and not place()[0]: jobs.append(partial(write_report, folder))
     do_each(jobs)
 
@@ -272,6 +272,7 @@ def _picture(image): # C×H×W uint8 -> of Pillow
     from PIL import Image
     return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
 
+# %% ../nbs/12a_report.ipynb #401fb591
 def _thumbnail(image): # C×H×W uint8 -> for `src`
     "Small images losslessly, others as JPEG."
     picture, buffer = _picture(image), io.BytesIO()
@@ -408,6 +409,7 @@ def _thumbnails(shown, budget=6_000_000): # of examples.npz; at most so many let
         if sum(map(len, some))/max(1, len(some))*sum(times) <= budget: break
     return map(_thumbnail, _shrink(images, side).numpy())
 
+# %% ../nbs/12a_report.ipynb #741be160
 def _linking(folder): # of a run; gives a function(path inside the source) -> address, '' when it is not there
     "Relative to the page, so that both can be moved together."
     try: source = find_sources(folder).get('clusters')
@@ -418,6 +420,7 @@ def _linking(folder): # of a run; gives a function(path inside the source) -> ad
         return quote(os.fsencode(away if away[0] == '.' else f'./{away}'))
     return link
 
+# %% ../nbs/12a_report.ipynb #ca4ad45d
 def _given_names(run): # of `read_examples`; '' for a cluster without one
     "Those of names.yml."
     sizes = run['metrics']['splits'].get(run['metrics']['fitted_on'], {}).get('sizes', [])
@@ -525,6 +528,7 @@ def _draw_map(run): # of `read_examples`
               for i in order.tolist()]
     return dict(points=points, places=places) | _draw_sheet(shown['points_images'][order])
 
+# %% ../nbs/12a_report.ipynb #09b3cbf4
 def _draw_sheet(images): # M×C×H×W -> the page's `sheet` and `cell`
     "One picture of all of them takes less room than many."
     from PIL import Image
