@@ -1,12 +1,12 @@
 "The page of a report: what its script does, in a browser where there is one."
-import re, time
+import json, re, time
 import numpy as np
 import pytest, torch
 from PIL import Image
 from browser import CHROMIUM, Browser
 from scan_nb.cli import main
 from scan_nb.data import ImageSet
-from scan_nb.files import read_clusters, read_names, write_clusters, write_text
+from scan_nb.files import _pairs_of, read_clusters, read_names, write_clusters, write_text
 from scan_nb.page import SCRIPT
 from scan_nb.recipe_files import to_yaml
 from scan_nb.recipes import ScanRecipe
@@ -65,6 +65,16 @@ def test_names_of_the_run_stand_in_the_fields(made):
     assert re.findall(r'data-cluster="3" value="([^"]*)"', text) == ['a &#34;b&#34; &lt;c&gt;']
     assert {r[4] for r in read_clusters(top/'run/clusters.csv') if r[2] == 3} == {'a "b" <c>'}
     write_report(top/'run')
+
+def test_every_sign_that_can_be_typed_is_read_again(tmp_path):
+    "`quoted` of the script, in Python: a text of JSON, in which some signs become numbers."
+    some = re.search(r"JSON\.stringify\(.*\n +/(\[.+\])/g,\n", SCRIPT)[1]
+    signs = [chr(i) for i in (*range(0xd800), *range(0xe000, 0x10000), *range(0x10000, 0x110000, 999))]
+    for i in range(0, len(signs), 1000):
+        text = json.dumps(''.join(signs[i:i+1000]), ensure_ascii=False)
+        text = re.sub(some, lambda m: f'\\u{ord(m[0]):04x}', text)
+        (tmp_path/'names.yml').write_text(f'1: {text}\n', encoding='utf-8', newline='')
+        assert _pairs_of(tmp_path/'names.yml') == [('1', ''.join(signs[i:i+1000]))]
 
 # -- in a browser --
 

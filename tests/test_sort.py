@@ -386,15 +386,6 @@ def test_names_as_people_write_them(text, names, tmp_path):
     assert read_names(tmp_path/'names.yml', 3) == names
 
 @hypothesis_settings(max_examples=200)
-@given(st.text(st.characters(exclude_categories=['Cs', 'Cc'],
-                             exclude_characters='\u2028\u2029\ufeff\ufffe\uffff'), min_size=1, max_size=40))
-def test_a_text_of_json_is_one_of_yaml(tmp_path_factory, name):
-    "So the page of a report writes names."
-    file = tmp_path_factory.getbasetemp()/'names.yml'
-    file.write_text(f'1: {json.dumps(name, ensure_ascii=False)}\n', encoding='utf-8')
-    if folder_name(name): assert read_names(file, 2) == {1: name}
-
-@hypothesis_settings(max_examples=200)
 @given(st.text(max_size=20) | names)
 def test_folders_can_be_made_anywhere(tmp_path_factory, name):
     folder = folder_name(name)
