@@ -581,6 +581,6 @@ def write_report(
     for name, raw in figures.items():
         with writing(folder/'figures'/f'{name}.png') as f: f.write(raw)
     page, metrics = render_page(_page_values(run, figures)), run['metrics']
-    if metrics['splits']: rename_clusters(folder, names_of_run(folder, metrics))
     with writing(folder/'report.html') as f: f.write(page.encode(errors='replace'))
+    if metrics['splits']: rename_clusters(folder, names_of_run(folder, metrics))
     return folder/'report.html'
