@@ -6,7 +6,7 @@
 __all__ = ['OPTIONS', 'COMMANDS', 'CONTINUES', 'main']
 
 # %% ../nbs/13_cli.ipynb #252d67d0
-import argparse, json, os, sys
+import argparse, json, os, shlex, sys
 from pathlib import Path
 
 # %% ../nbs/13_cli.ipynb #ebc24ead
@@ -142,11 +142,11 @@ def _stage(args): # of simclr, moco, scan or selflabel
         summarize(read_run(folder), images, folder, options['device'])
 
 # %% ../nbs/13_cli.ipynb #f341120c
-def _predict(args): # run, files, out, device
+def _predict(args): # run, files, out, device, names
     "scan-nb predict: the clusters of new images, as CSV on stdout or in a file."
     from scan_nb.data import ImageSet, UserError, choose_shape, find_images, read_images
     from scan_nb.pipeline import SCAN
-    from scan_nb.report import read_metrics
+    from scan_nb.report import names_of_run, read_metrics
     from scan_nb.files import write_clusters, writing
     files, metrics = [], Path(args.run).expanduser()/'metrics.json'
     for path in map(Path, args.files):
@@ -160,10 +160,32 @@ def _predict(args): # run, files, out, device
     for path, why in skipped if args.bars else (): print(f"Skipped '{path}': {why}.", file=sys.stderr)
     if not len(images): raise UserError('None of the files can be read as an image.')
     paths, names = [p for p in map(str, files) if p not in dict(skipped)], None
-    if metrics.exists(): names = read_metrics(args.run).get('names')
+    if metrics.exists(): names = names_of_run(args.run, read_metrics(args.run), args.names)
+    elif args.names: raise UserError(f"'{args.run}' has no metrics.json: finish the run first.")
     def text(): return write_clusters(ImageSet(images, paths=paths), scan.predict_proba(images), names)
     if not args.out: return _say(text().rstrip('\n'))
     with writing(Path(args.out).expanduser()) as f: f.write(text().encode(errors='surrogateescape'))
+
+# %% ../nbs/13_cli.ipynb #8990e584
+def _sort(args): # run, to, copy, link, move, undo, source, names
+    "scan-nb sort: a folder of files for each cluster, or back. Raises UserError, also for files left out."
+    from scan_nb.data import UserError
+    from scan_nb.distributed import place
+    from scan_nb.sort import sort_files, undo_sort
+    asked = [how for how in ('copy', 'link', 'move') if getattr(args, how)]
+    if len(asked) > 1: raise UserError(f"--{asked[0]} and --{asked[1]} cannot be had at once: choose one.")
+    if not (args.run or args.undo and args.to): raise UserError('sort needs a run folder.')
+    if not (args.to or args.undo): raise UserError('sort needs a folder to sort into: add --to DIR.')
+    if place()[0]: return
+    what = 'that stay' if args.undo else 'left out'
+    if args.undo: left, said = undo_sort(args.run, args.to), ['It is as it was before.']
+    else:
+        found = sort_files(args.run, args.to, asked[0] if asked else 'copy', args.source, args.names)
+        left, said = found['failed'], [f'{n:>7,}  {name}' for name, n in found['folders'].items()]
+        said += [f'To undo it: scan-nb sort --to {shlex.quote(args.to)} --undo']
+    if not args.undo or not left: _say(*said)
+    if left:
+        raise UserError("Files {}: {}, such as '{}' ({}).".format(what, len(left), *left[0]))
 
 # %% ../nbs/13_cli.ipynb #6f613298
 def _eval(args): # run and source, or config_exp and model
@@ -264,6 +286,16 @@ OPTIONS = dict(   # for argparse
     json=dict(metavar='FILE', help='write all that was measured, after each benchmark'),
     quick=dict(action='store_true', help='small sizes, only to see that all of it works'))
 
+# %% ../nbs/13_cli.ipynb #94a52e41
+OPTIONS |= {   # of sort, and names of clusters
+    'to': dict(metavar='DIR', help='folder for the folders of clusters'),
+    'copy': dict(action='store_true', help='copy the files (the default)'),
+    'link': dict(action='store_true', help='no copies: a second name for each file'),
+    'move': dict(action='store_true', help='move the files'),
+    'undo': dict(action='store_true', help='as it was before: of DIR, or of all that was sorted for RUN'),
+    '--source': dict(metavar='DIR', help='the pictures of the run (default: where they were)'),
+    '--names': dict(metavar='FILE', help='names of clusters, as 3: cats (default: names.yml in RUN)')}
+
 # %% ../nbs/13_cli.ipynb #7cef8843
 COMMANDS = {   # what it does, in words and in code; its words (? optional) and options (! needed)
     'run': ('cluster images: from a source to a run folder with a report', _run, 'source? --recipe '
@@ -274,12 +306,14 @@ COMMANDS = {   # what it does, in words and in code; its words (? optional) and 
     'moco': ('learn features with MoCo, then mine neighbors', _stage, STAGE),
     'scan': ('learn clusters from the newest features', _stage, STAGE + ' --start'),
     'selflabel': ('sharpen the clusters of scan', _stage, STAGE + ' --start'),
-    'predict': ('clusters of new images, as CSV', _predict, 'run files --out --device'),
+    'predict': ('clusters of new images, as CSV', _predict, 'run files --out --device --names'),
+    'sort': ('a folder of files for each cluster', _sort, 'run? --to --copy --link --move --undo '
+             '--source --names'),
     'eval': ('scores of a run, or of a model file', _eval, 'run? source? '
              '--config_exp --config_env --device --set --model --visualize_prototypes'),
     'report': ('write report.html anew', _report, 'run'),
     'bench': ('measure speed beside the alternatives', _bench, 'names --list --json --quick')}
-CONTINUES = 'run', 'simclr', 'moco', 'scan', 'selflabel'   # commands that leave checkpoints
+CONTINUES = 'run', 'simclr', 'moco', 'scan', 'selflabel', 'sort'   # commands that can be repeated
 
 # %% ../nbs/13_cli.ipynb #fdbd640d
 def _parser():
@@ -293,7 +327,9 @@ def _parser():
         command.set_defaults(command=does)
         for word in words.split():
             more = {'?': dict(nargs='?'), '!': dict(required=True)}.get(word[-1], {})
-            command.add_argument(word.rstrip('!?'), **OPTIONS[word.strip('-!?').replace('-', '_')], **more)
+            name = word.rstrip('!?')
+            known = OPTIONS.get(name) or OPTIONS[name.strip('-').replace('-', '_')]
+            command.add_argument(name, **known, **more)
     return parser
 
 # %% ../nbs/13_cli.ipynb #4c0d632d

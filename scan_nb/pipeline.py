@@ -22,7 +22,7 @@ from .n_clusters import suggest_n_clusters
 from .neighbors import center_crop, embed
 from .recipe_files import PRESETS, find_recipe, to_yaml
 from .recipes import FROZEN, Recipe, matrix_recipe
-from .report import summarize
+from .report import save_suggestion, summarize
 from .files import writing
 from .run_folder import open_folder, read_model, write_model
 from .scan import logits_of
@@ -214,6 +214,7 @@ class SCAN:
     def _suggest(self, outcome): # of the pretext task -> a number of clusters
         self.suggestion_ = suggest_n_clusters(outcome.embeddings, outcome.neighbors, seed=outcome.recipe.seed,
                                               progress=self.progress and not place()[0])
+        if self.out and not place()[0]: save_suggestion(self.out, self.suggestion_)
         return self.suggestion_.n_clusters
 
     def _check_fitted(self, text=''): # scikit-learn's error, and ours

@@ -1,5 +1,5 @@
 "The command line: a run at once or stage by stage, one sentence for wrong input, quick help."
-import csv, io, json, os, re, runpy, shutil, signal, subprocess, sys
+import csv, io, json, os, re, runpy, shlex, shutil, signal, subprocess, sys
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from shell import start, stop, without_figures
 from test_datasets import FAKE, write_cifar10, write_stl
 
 REPO = Path(__file__).parents[1]
-NAMES = 'run', 'simclr', 'moco', 'scan', 'selflabel', 'predict', 'eval', 'report', 'bench'
+NAMES = 'run', 'simclr', 'moco', 'scan', 'selflabel', 'predict', 'sort', 'eval', 'report', 'bench'
 SMALL = ['--device', 'cpu', '--n-clusters', '3', '--epochs', '2', '--set', 'backbone_options.widths=[8, 16]',
          '--set', 'scan.tried_heads=2', '--set', 'scan.heads_epochs=3', '--set', 'pretext.n_neighbors=3']
 TINY = [*SMALL, '--set', 'scan.epochs=1', '--set', 'selflabel.epochs=1']
@@ -441,6 +441,65 @@ def test_predict_a_folder_into_a_file(run, pictures, tmp_path, capsys):
     assert out == '' and 'broken.png' in err and 'an empty file' in err
     assert [r['cluster'] for r in read((tmp_path/'p.csv').read_text())] == [
         r['cluster'] for r in read((run/'clusters.csv').read_text())]
+
+def test_names_reach_every_table(run, pictures, tmp_path, capsys, no_figures):
+    shutil.copytree(run, tmp_path/'run')
+    (tmp_path/'run/names.yml').write_text('0: mine\n2: mine')
+    (tmp_path/'other.yml').write_text('1: yours')
+    files = ['predict', str(tmp_path/'run'), str(pictures), '--device', 'cpu']
+    other = ['--names', str(tmp_path/'other.yml')]
+    for more, names in ([], ['mine', '', 'mine']), (other, ['', 'yours', '']):
+        assert main([*files, *more]) == 0
+        rows = read(capsys.readouterr().out)
+        assert [r['name'] for r in rows] == [names[int(r['cluster'])] for r in rows] and len(rows) == 60
+    assert main(['report', str(tmp_path/'run')]) == 0
+    rows = read((tmp_path/'run/clusters.csv').read_text())
+    assert {(r['cluster'], r['name']) for r in rows} <= {('0', 'mine'), ('1', ''), ('2', 'mine')}
+    assert main(['run', str(pictures), '--out', str(tmp_path/'run'), *TINY]) == 0
+    assert 'mine' in {r['name'] for r in read((tmp_path/'run/clusters.csv').read_text())}
+    (tmp_path/'run/names.yml').write_text('7: mine')
+    capsys.readouterr()
+    run, out = str(tmp_path/'run'), str(tmp_path/'out')
+    for words in (files, ['report', run], ['sort', run, '--to', out]):
+        assert main(words) == 2
+        assert "there is no cluster '7'" in capsys.readouterr().err
+    assert not (tmp_path/'out').exists()
+
+def test_sort_and_undo(run, pictures, tmp_path, capsys):
+    shutil.copytree(run, tmp_path/'run')
+    words, before = ['sort', str(tmp_path/'run')], {p.name: p.read_bytes() for p in pictures.iterdir()}
+    for how in ([], ['--copy'], ['--link'], ['--move']):
+        assert main([*words, '--to', str(tmp_path/'a b'), *how]) == 0
+        out = capsys.readouterr().out.splitlines()
+        assert sum(int(line.split()[0]) for line in out[:-1]) == 60
+        assert out[-1].endswith(f"--to '{tmp_path}/a b' --undo")
+        names = {p.name for p in (tmp_path/'a b').glob('*/*')}
+        assert names == {*before} - {'broken.png'}
+        assert len({*pictures.iterdir()}) == (1 if how == ['--move'] else 61)
+        assert main([*words, '--undo'] if how else shlex.split(out[-1].partition('scan-nb ')[2])) == 0
+        assert 'as it was before' in capsys.readouterr().out and not (tmp_path/'a b').exists()
+    assert {p.name: p.read_bytes() for p in pictures.iterdir()} == before
+
+def test_sort_says_what_is_wrong(run, pictures, tmp_path, capsys):
+    shutil.copytree(run, tmp_path/'run')
+    shutil.copytree(pictures, tmp_path/'in')
+    (tmp_path/'in/00.png').unlink()
+    some, to = ['sort', str(tmp_path/'run')], ['--to', str(tmp_path/'out')]
+    for words, said in (
+            (['sort', *to], 'needs a run folder'), (['sort', '--undo'], 'needs a run folder'),
+            (some, 'add --to DIR'),
+            ([*some, *to, '--copy', '--move'], 'choose one'), ([*some, '--undo'], 'nothing to undo'),
+            ([*some, *to, '--source', str(tmp_path/'x')], '--source'),
+            ([*some, *to, '--source', str(tmp_path/'in')],
+             f"Files left out: 1, such as '{tmp_path}/in/00.png' (no such file).")):
+        assert main(words) == 2
+        err = capsys.readouterr().err
+        assert said in err and err.count('\n') == 1
+    assert len([*(tmp_path/'out').glob('*/*')]) == 59
+    changed = next((tmp_path/'out').glob('*/*'))
+    changed.write_text('')
+    assert main([*some, '--undo']) == 2
+    assert f"Files that stay: 1, such as '{changed}'" in capsys.readouterr().err
 
 def test_predict_other_sizes_and_modes(run, tmp_path, capsys):
     Image.fromarray(np.zeros((30, 50, 3), np.uint8)).save(tmp_path/'a.jpg')

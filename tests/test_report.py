@@ -1,7 +1,8 @@
 "The report, and what it is made of: right in what it shows, with and without labels, however far a run came."
-import base64, csv, html, io, json, re, shutil
+import base64, csv, html, io, json, os, re, shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from urllib.parse import unquote_to_bytes
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,9 +16,10 @@ from scan_nb.evaluate import cluster_metrics, confusion, kmeans_baseline, label_
 from scan_nb.recipe_files import load_stages
 from scan_nb.recipes import Recipe
 from scan_nb.report import (STAGE_NAMES, choose_images, compare, describe_classes, draw_confusion,
-                            draw_figures, draw_prototypes, read_examples, read_metrics, save_examples,
-                            summarize, table_of_scores, write_report)
+                            draw_figures, draw_prototypes, find_oddities, read_examples, read_metrics,
+                            save_examples, summarize, table_of_scores, write_report)
 from scan_nb.files import digest, write_clusters
+from scan_nb.page import SCRIPT
 from scan_nb.stages import run_pretext, run_scan, run_selflabel
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -45,7 +47,7 @@ def fake_run(folder, data, probabilities, points=None):
         notes=['Note <b>this</b>.'], skipped=[('a<b>.png', 'an empty file')],
         history={'pretext': rows, 'neighbors': [], 'heads': rows, 'scan': rows})
     if labels is not None: metrics |= {'classes': data.classes or [str(i) for i in range(data.n_classes)]}
-    sealed = metrics | dict(sha256=digest({'metrics': json.dumps(metrics)}))
+    sealed = metrics | dict(sha256=digest({'content': json.dumps(metrics)}))
     (folder/'metrics.json').write_text(json.dumps(sealed))
     (folder/'recipe.yml').write_text('scan: {num_classes: 3, augmentation_kwargs: {flip_p: <i>0</i>}}\n')
     where = torch.arange(min(n, 50))
@@ -86,9 +88,15 @@ def check_page(path):
     checker.feed(text)
     assert checker.open == []
     for tag, key, value in checker.sources:
-        assert value.startswith('data:image/') if tag == 'img' else key == 'href' and value[1:] in checker.ids
-    assert not re.search(r'https?:|//[a-z]|@import|url\(|<script|<link|<iframe|javascript:',
-                         re.sub(r'"data:[^"]*"', '', text))
+        if tag == 'img': assert value.startswith('data:image/')
+        elif value[0] == '#': assert key == 'href' and value[1:] in checker.ids
+        else:
+            assert key == 'href' and value[0] == '.'
+            assert os.path.isfile(os.path.join(os.fsencode(path.parent), unquote_to_bytes(value)))
+    parts = text.split(f'<script>{SCRIPT}</script>')
+    assert len(parts) == 2 and not re.search(
+        r'https?:|//[a-z]|@import|url\(|<script|<link|<iframe|javascript:| on[a-z]+=',
+        re.sub(r'"data:[^"]*"', '', ''.join(parts)))
     assert len(checker.ids) == len(set(checker.ids))
     return text, checker
 
@@ -143,7 +151,7 @@ def test_what_was_written_by_strangers_is_escaped(tmp_path, data, p):
     named = ImageSet(data.images, data.labels, [f'<i>{i}' for i in range(10)],
                      [f'{i}{evil}' for i in range(200)])
     text, checker = check_page(write_report(fake_run(tmp_path/'run', named, p)))
-    assert '<script' not in text and '<i>' not in text and '<b>this' not in text
+    assert text.count('<script') == 1 and '<i>' not in text and '<b>this' not in text
     assert evil in html.unescape(text) and 'Note <b>this</b>.' in ''.join(checker.text)
     assert 'a<b>.png' in ''.join(checker.text)
 
@@ -189,6 +197,92 @@ def test_page_of_large_images_stays_moderate(tmp_path):
     images, clusters = three(1500, 10, 3, 96)
     path = write_report(fake_run(tmp_path/'run', images, certain(clusters, 10)))
     assert path.stat().st_size < 10e6             # noise, which JPEG cannot compress
+
+@pytest.mark.parametrize('side,n_clusters', [(96, 300), (32, 300), (224, 12)])
+def test_page_of_many_clusters_stays_moderate(side, n_clusters, tmp_path):
+    "As of 50,000 images; and no picture on it is larger than 96 pixels."
+    n, images = 50_000, Many(three(500, n_clusters, 3, side)[0].images)
+    clusters, folder = torch.arange(n) % n_clusters, tmp_path/'run'
+    p, z = certain(clusters, n_clusters), torch.rand(n, 8, generator=torch.Generator().manual_seed(0))
+    few, small = three(30, 3)
+    fake_run(folder, few, certain(small, 3))
+    metrics = read_metrics(folder)
+    metrics['splits']['all'] |= dict(sizes=torch.bincount(clusters).tolist())
+    metrics |= dict(images={'all': n}, sha256=None)
+    del metrics['sha256']
+    sealed = metrics | dict(sha256=digest({'content': json.dumps(metrics)}))
+    (folder/'metrics.json').write_text(json.dumps(sealed))
+    save_examples(folder, images, z, p, z[:1000, :2], torch.arange(1000), (z, torch.randint(n, (n, 5))))
+    text = write_report(folder).read_text()
+    assert 1e6 < len(text) < 10e6
+    for raw in re.findall(r'<img src="data:image/\w+;base64,([^"]+)"', text.partition('id="map"')[0]):
+        assert max(Image.open(io.BytesIO(base64.b64decode(raw))).size) <= 96
+
+class Many:
+    "50,000 images, of which only those asked for take room."
+    labels = None
+    paths = ['a/long/way/to/the/picture.png']*50_000
+    def __init__(self, few): self.few, self.images = few, self
+    def __len__(self): return 50_000
+    def __getitem__(self, index): return self.few[index % len(self.few)]
+
+def test_a_folder_of_an_older_run_has_its_map(run, tmp_path):
+    "Without small pictures of its points, without twins."
+    shutil.copytree(run, tmp_path/'run')
+    shown = dict(np.load(run/'examples.npz'))
+    for name in ('points_images', 'points_path'): del shown[name]
+    np.savez(tmp_path/'run/examples.npz', **shown)
+    text, checker = check_page(write_report(tmp_path/'run'))
+    assert 'alt="map of the images"' in text and '<circle' not in text and 'alike' not in checker.ids
+
+# -- names, twins, images that fit nowhere --
+
+def test_names_on_the_page(run, tmp_path):
+    shutil.copytree(run, tmp_path/'run')
+    (tmp_path/'run/names.yml').write_text('1: "<cats>"\n4: dogs')
+    text, checker = check_page(write_report(tmp_path/'run'))
+    fields = re.findall(r'data-cluster="(\d+)" value="([^"]*)"', text)
+    assert fields == [(str(k), {1: '&lt;cats&gt;', 4: 'dogs'}.get(k, '')) for k in range(10)]
+    names = re.findall('<text [^>]*>([^<]*)</text>', text)
+    assert '&lt;cats&gt;' in names and 'dogs' in names and '0' in names
+    (tmp_path/'run/names.yml').write_text('1: cats\n4: CATS')
+    with pytest.raises(UserError, match='differ by too little'): write_report(tmp_path/'run')
+
+def test_wrong_names_cost_no_other_result(made, tmp_path):
+    data, features, scan = made
+    found = in_folder(scan, tmp_path)
+    (tmp_path/'names.yml').write_text('77: cats')
+    with pytest.raises(UserError, match="no cluster '77'"):
+        summarize([features, found], {'all': data}, tmp_path)
+    assert read_metrics(tmp_path)['acc'] and (tmp_path/'examples.npz').exists()
+    (tmp_path/'names.yml').write_text('1: cats')
+    metrics = summarize([features, found], {'all': data}, tmp_path)
+    names = [r['name'] for r in csv.DictReader(io.StringIO((tmp_path/'clusters.csv').read_text()))]
+    want = ['cats' if k == 1 else metrics['names'][k] for k in found.clusters['scan']['all'].tolist()]
+    assert names == want and 'cats' not in metrics['names']
+    shown = read_examples(tmp_path)['examples']
+    assert len(shown['alone']) == 24 and shown['points_images'].shape == (90, 1, 8, 8)
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(st.integers(2, 30), st.integers(1, 6), st.integers(1, 9), st.integers(0, 99))
+def test_twins_and_loners(n, k, count, seed):
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, 3, generator=g)*9
+    z[torch.randint(n, (n//2,), generator=g)] = 2*z[0]
+    cosine = torch.nn.functional.normalize(z, dim=1) @ torch.nn.functional.normalize(z, dim=1).T
+    near = cosine.clone().fill_diagonal_(-2).topk(min(k, n - 1)).indices
+    odd = find_oddities(z, near, count)
+    pairs, like = odd['twins'], odd['twins_cosine']
+    assert len(pairs) <= count and pairs.shape == (len(like), 2)
+    assert len(pairs.flatten().unique()) == 2*len(pairs)
+    assert (pairs[:, 0] < pairs[:, 1]).all() and (like >= .999).all() and (like.diff() <= 0).all()
+    assert torch.allclose(cosine[pairs[:, 0], pairs[:, 1]], like, atol=1e-5)
+    rest = [i for i in range(n) if i not in pairs.flatten().tolist()]
+    if len(pairs) < count and len(rest) > 1:   # no two of the others that are neighbors are alike
+        assert not any(cosine[i, j] > .9991 and j in near[i].tolist() for i in rest for j in rest if i != j)
+    mean = cosine.gather(1, near).mean(1)
+    assert torch.allclose(odd['alone_cosine'], mean.sort().values[:count], atol=1e-5)
+    assert torch.allclose(mean[odd['alone']], odd['alone_cosine'], atol=1e-5)
 
 # -- however far a run has come --
 
