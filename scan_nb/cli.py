@@ -142,27 +142,36 @@ def _stage(args): # of simclr, moco, scan or selflabel
         summarize(read_run(folder), images, folder, options['device'])
 
 # %% ../nbs/13_cli.ipynb #f341120c
-def _predict(args): # run, files, out, device, names
-    "scan-nb predict: the clusters of new images, as CSV on stdout or in a file."
+def _new_images(args, scan): # of predict; the model
+    "The files as an ImageSet. Raises UserError when none can be read."
     from scan_nb.data import ImageSet, UserError, choose_shape, find_images, read_images
-    from scan_nb.pipeline import SCAN
-    from scan_nb.report import names_of_run, read_metrics
-    from scan_nb.files import write_clusters, writing
-    files, metrics = [], Path(args.run).expanduser()/'metrics.json'
+    from scan_nb.frozen import add_features
+    files = []
     for path in map(Path, args.files):
         if not path.exists(): raise UserError(f"There is no file '{path}': check the path.")
         files += find_images(path) if path.is_dir() else [path]
-    scan = SCAN.load(args.run, args.device)
+    if scan.recipe_.backbone.startswith('matrix:'):
+        if len(files) > 1: raise UserError('This run is of features: give one file of them.')
+        return add_features(files[0])
     channels, height, width = scan.shape_
     if height != width: raise UserError(f'The model takes {height}×{width} images, not square files.')
     white = choose_shape(files, height, channels, scan.white_)[2].get('white')
     images, skipped = read_images(files, height, channels, white, scan.fit_)
     for path, why in skipped if args.bars else (): print(f"Skipped '{path}': {why}.", file=sys.stderr)
     if not len(images): raise UserError('None of the files can be read as an image.')
-    paths, names = [p for p in map(str, files) if p not in dict(skipped)], None
+    return ImageSet(images, paths=[p for p in map(str, files) if p not in dict(skipped)])
+
+def _predict(args): # run, files, out, device, names
+    "scan-nb predict: the clusters of new images, as CSV on stdout or in a file."
+    from scan_nb.data import UserError
+    from scan_nb.pipeline import SCAN
+    from scan_nb.report import names_of_run, read_metrics
+    from scan_nb.files import write_clusters, writing
+    scan, names = SCAN.load(args.run, args.device), None
+    data, metrics = _new_images(args, scan), Path(args.run).expanduser()/'metrics.json'
     if metrics.exists(): names = names_of_run(args.run, read_metrics(args.run), args.names)
     elif args.names: raise UserError(f"'{args.run}' has no metrics.json: finish the run first.")
-    def text(): return write_clusters(ImageSet(images, paths=paths), scan.predict_proba(images), names)
+    def text(): return write_clusters(data, scan.predict_proba(data), names)
     if not args.out: return _say(text().rstrip('\n'))
     with writing(Path(args.out).expanduser()) as f: f.write(text().encode(errors='surrogateescape'))
 
@@ -245,6 +254,21 @@ def _report(args): # run
     from scan_nb.report import write_report
     _say(write_report(args.run))
 
+# %% ../nbs/13_cli.ipynb #954843a8
+def _suggest(args): # run
+    "scan-nb suggest: how many clusters? On the features of a run; the report shows the evidence."
+    from scan_nb.data import UserError
+    from scan_nb.n_clusters import suggest_n_clusters
+    from scan_nb.report import save_suggestion, write_report
+    from scan_nb.run_folder import read_run
+    first = read_run(args.run)[0]
+    if first.embeddings is None: raise UserError(f"'{args.run}' has no features: finish a pretext task first.")
+    found = suggest_n_clusters(first.embeddings, first.neighbors, seed=first.recipe.seed, progress=args.bars)
+    save_suggestion(args.run, found)
+    votes = ', '.join(f'{name} {k}' for name, k in found.votes.items())
+    _say(f'Suggested: {found.n_clusters} clusters ({votes}). {found.doubts}'.strip())
+    if (Path(args.run).expanduser()/'metrics.json').exists(): _say(f'Report: {write_report(args.run)}')
+
 # %% ../nbs/13_cli.ipynb #7a5e4376
 def _bench(args): # names, json, quick, list
     "scan-nb bench: speed beside the alternatives. Raises UserError when a name is unknown or a case fails."
@@ -311,6 +335,7 @@ COMMANDS = {   # what it does, in words and in code; its words (? optional) and 
              '--source --names'),
     'eval': ('scores of a run, or of a model file', _eval, 'run? source? '
              '--config_exp --config_env --device --set --model --visualize_prototypes'),
+    'suggest': ('how many clusters? the evidence, on the features of a run', _suggest, 'run'),
     'report': ('write report.html anew', _report, 'run'),
     'bench': ('measure speed beside the alternatives', _bench, 'names --list --json --quick')}
 CONTINUES = 'run', 'simclr', 'moco', 'scan', 'selflabel', 'sort'   # commands that can be repeated

@@ -190,9 +190,9 @@ _MAP = '''
 # %% ../nbs/11c_page.ipynb #6b1302ab
 _STEPS = '''
 {% if suggestion %}<h2 id="number">How many clusters</h2>
-<p>{{ suggestion.n_clusters }} are suggested, by heads that were tried on the features. {{ suggestion.doubts }}
-A ring marks the number that each kind of evidence speaks for.</p>
-<figure class="curve"><img src="{{ figures['suggestion'] }}" alt="evidence for each number of clusters"></figure>
+<p>{{ suggestion.n_clusters }} are suggested, by heads that were tried on the features.
+{{ suggestion.doubts }} A ring marks the number that each kind of evidence speaks for.</p>
+<figure class="curve"><img src="{{ figures['suggestion'] }}" alt="evidence for each number"></figure>
 {% endif %}
 <h2 id="steps">Steps</h2>
 <p>A step that makes the clustering worse, judged without labels, is taken back.</p>

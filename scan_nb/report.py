@@ -151,7 +151,7 @@ def _kmeans(outcomes, splits, device): # baseline -> split -> int32
         if len(z := known.get(split, ())) == len(splits[split]): return z[rows]
         x = splits[split].images[rows]
         return embed(outcomes[0].load(device), center_crop(x, r.size or min(x.shape[2:])))
-    for see in (pixels, features):
+    for see in (pixels, features)[splits[first].facts.get('blank', 0):]:   # features alone
         every = torch.cat([see(*part) for part in some.items()])
         x, like = see(first, fitted), dict(normalize=see is features, on=every)
         clusters = kmeans_baseline(x, r.n_clusters, r.seed, **like)
