@@ -30,6 +30,7 @@ def first_of(
     there = {str(name).lower(): name for name in known}
     return next((there[name] for name in names if name in there), None)
 
+# %% ../nbs/00b_sources.ipynb #000dc1a5
 def plain_label(
     target: object,   # whatever comes with an image
 ) -> object:          # a number or text; None: it is none
