@@ -171,6 +171,8 @@ def _check_together(recipe): # of a stage, each setting checked
     prior = getattr(r, 'prior', None)
     if isinstance(prior, tuple) and len(prior) != r.n_clusters:
         raise UserError(f'prior is {prior}: give one share for each of {r.n_clusters} clusters.')
+    if prior and getattr(r, 'objective', None) == 'temi':
+        raise UserError("scan.objective is 'temi', which has no prior: leave one of them out.")
     if getattr(r, 'heads_epochs', 0) and r.n_heads > 1:
         raise UserError('scan.n_heads is above 1, but scan.heads_epochs ends with one head: set that to 0.')
     if r.epochs == getattr(r, 'heads_epochs', None) == 0:
@@ -218,6 +220,7 @@ class ScanRecipe(StageRecipe):
     heads_epochs: int = 0         # a start by heads on fixed features, of so many epochs; 0: none
     tried_heads: int = 64         # so many heads are tried there, side by side; the best starts the network
     head_choice: Literal['loss', 'agreement', 'both'] = 'loss'  # what makes it the best, see `choose_head`
+    objective: Literal['scan', 'temi'] = 'scan'  # of these heads, see `train_heads`
     prior: tuple[float, ...]|Literal['estimate']|None = None  # shares of the clusters; None: all equal
     remine_every: int = 0         # epochs after which neighbors are mined anew; 0: never
 
