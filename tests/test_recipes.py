@@ -208,8 +208,8 @@ own = {
     'scan': dict(
         entropy_weight=positive, n_neighbors=st.none() | st.integers(1, 99), n_heads=st.integers(1, 99),
         head_only=st.booleans(), heads_epochs=st.integers(1, 99), tried_heads=st.integers(1, 99),
-        head_choice=st.sampled_from(['loss', 'agreement', 'both']), objective=st.sampled_from(['scan', 'temi']),
-        remine_every=st.integers(0, 9)),
+        head_choice=st.sampled_from(['loss', 'agreement', 'both']),
+        objective=st.sampled_from(['scan', 'temi']), remine_every=st.integers(0, 9)),
     'selflabel': dict(
         threshold=st.floats(0, .999), balance=st.booleans(), ema_decay=st.none() | st.floats(0, .999),
         entropy_weight=positive, soft_targets=st.booleans())}
