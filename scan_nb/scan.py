@@ -248,9 +248,9 @@ def _picker(z, views, mean, std, generator):
     return pick
 
 # %% ../nbs/09_scan.ipynb #444948e1
-def _fit_heads(heads, step, n, lr, generator, epochs, batch_size, progress):
+def _fit_heads(heads, step, n, lr, weight_decay, generator, epochs, batch_size, progress):
     "Adam along a cosine; gives the history."
-    optimizer = torch.optim.Adam(heads.parameters(), lr, fused=True)
+    optimizer = torch.optim.Adam(heads.parameters(), lr, weight_decay=weight_decay, fused=True)
     schedule = CosineSchedule(optimizer, epochs*steps_per_epoch(n, batch_size))
     return train(step, n, optimizer, epochs=epochs, batch_size=batch_size, generator=generator,
                  schedule=schedule, modules=[heads], progress=progress)
@@ -317,6 +317,7 @@ def train_heads(
     epochs: int = 80,            # passes over the data
     batch_size: int = 512,       # anchors per update
     lr: float = .01,             # of Adam on standardized embeddings, falling along a cosine
+    weight_decay: float = 0.,    # of Adam; above 0 where the embeddings have many columns, see below
     entropy_weight: float = 5.,  # λ
     prior: Tensor|str|None = None,  # C class sizes expected, or 'estimate'; None: all equal
     views: Tensor|None = None,   # V×N×D, from `embed_views`: anchor and neighbor are random views
@@ -334,7 +335,7 @@ def train_heads(
     pick = _picker(z, views, mean, std, generator)
     weight = 1. if objective == 'temi' else entropy_weight
     step = _heads_step(heads, pick, neighbors, weight, prior, generator, objective)
-    history = _fit_heads(heads, step, len(z), lr, generator, epochs, batch_size, progress)
+    history = _fit_heads(heads, step, len(z), lr, weight_decay, generator, epochs, batch_size, progress)
     return TrainedHeads._judged(heads, z, neighbors, weight, prior, choose, mean, std, history)
 
 # %% ../nbs/09_scan.ipynb #079ae440

@@ -266,6 +266,16 @@ def test_heads_find_separate_groups_the_same_way_each_time(blobs):
     assert not torch.equal(other.heads.weight, a.heads.weight)
 
 
+def test_decay_keeps_heads_small_and_changes_nothing_at_zero(blobs):
+    z, neighbors, labels = blobs
+    options = dict(n_heads=4, epochs=40, batch_size=50)
+    plain, none, some = (train_heads(z, neighbors, 5, **options, **o) for o in ({}, dict(weight_decay=0.0),
+                                                                               dict(weight_decay=0.2)))
+    assert torch.equal(plain.heads.weight, none.heads.weight)
+    assert some.heads.weight.norm() < 0.8 * plain.heads.weight.norm()
+    assert cluster_metrics(some.heads(z)[some.best].argmax(-1), labels)['acc'] == 1
+
+
 def test_heads_leave_the_global_random_numbers_alone(blobs):
     z, neighbors, _ = blobs
     before = torch.get_rng_state()
