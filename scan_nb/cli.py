@@ -288,7 +288,7 @@ OPTIONS = dict(   # for argparse
     recipe=dict(metavar='NAME|FILE', help='a preset, as best on fashion-mnist, or a YAML file'),
     features=dict(metavar='NAME', help='of a network that others trained: dinov2, dinov3, clip, siglip2, '
                   'convnext, efficientnet-lite0, or timm:NAME'),
-    embeddings=dict(metavar='FILE', help='features from elsewhere: .npy, .npz or .parquet, a row an image'),
+    embeddings=dict(metavar='FILE', help='features from elsewhere, .npy, .npz or .parquet, row by image'),
     weights=dict(metavar='FILE', help='of that network (default: of an installed package, or downloaded)'),
     n_clusters=dict(type=_count, metavar='K', help="how many clusters, or 'auto' (default: by the recipe)"),
     out=dict(metavar='PATH', help='folder of a run (default: runs/NAME), CSV of predict (default: stdout)'),

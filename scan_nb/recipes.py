@@ -47,7 +47,7 @@ LIMITS = {name: (low, high) for low, high, names in (   # what is not here may b
     (1, 4096, 'size'), (1, MAX_CHANNELS, 'channels'), (1, 8192, 'widths'), (1, 64, 'stem_stride'),
     (1, 65536, 'features_dim'), (1, 10**8, 'queue_size'),
     (0, 1000, 'n_views'), (1, 2, 'n_networks'), (1, 10_000, 'n_heads tried_heads'),
-    (0, 10**6, 'weight_decay entropy_weight'), (1e-6, 10**6, 'std temperature prior white'),
+    (0, 10**6, 'weight_decay heads_decay entropy_weight'), (1e-6, 10**6, 'std temperature prior white'),
     (0, 2**32 - 1, 'seed'),
 ) for name in names.split()}
 
@@ -180,6 +180,8 @@ def _check_together(recipe): # of a stage, each setting checked
     prior = getattr(r, 'prior', None)
     if isinstance(prior, tuple) and len(prior) != r.n_clusters:
         raise UserError(f'prior is {prior}: give one share for each of {r.n_clusters} clusters.')
+    if prior and getattr(r, 'objective', None) == 'temi':
+        raise UserError("scan.objective is 'temi', which has no prior: leave one of them out.")
     if getattr(r, 'heads_epochs', 0) and r.n_heads > 1:
         raise UserError('scan.n_heads is above 1, but scan.heads_epochs ends with one head: set that to 0.')
     if r.epochs == getattr(r, 'heads_epochs', None) == 0:
@@ -227,6 +229,8 @@ class ScanRecipe(StageRecipe):
     heads_epochs: int = 0         # a start by heads on fixed features, of so many epochs; 0: none
     tried_heads: int = 64         # so many heads are tried there, side by side; the best starts the network
     head_choice: Literal['loss', 'agreement', 'both'] = 'loss'  # what makes it the best, see `choose_head`
+    heads_decay: float = 0.       # weight decay of these heads; above 0 on features of a large network
+    objective: Literal['scan', 'temi'] = 'scan'  # of these heads, see `train_heads`
     prior: tuple[float, ...]|Literal['estimate']|None = None  # shares of the clusters; None: all equal
     remine_every: int = 0         # epochs after which neighbors are mined anew; 0: never
 
@@ -374,8 +378,8 @@ OURS['fashion-mnist best'] = replace(OURS['fashion-mnist'].change({   # two netw
 # %% ../nbs/11_recipes.ipynb #afbbe43c
 FROZEN = FOLDER.change({   # heads on features of a network that others trained
     'backbone': 'frozen:efficientnet-lite0', 'fit': 'whole', 'pretext.setup': 'frozen',
-    'pretext.head': 'linear', 'pretext.epochs': 1, 'scan.head_choice': 'both', 'scan.epochs': 0,
-    'selflabel.epochs': 0})
+    'pretext.head': 'linear', 'pretext.epochs': 1, 'pretext.whiten': .1, 'pretext.n_neighbors': 20, 'scan.heads_decay': .2,
+    'scan.head_choice': 'both', 'scan.epochs': 0, 'selflabel.epochs': 0})
 
 def frozen_recipe(
     features: str,            # a key of FEATURES, or timm:NAME

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ScanLoss', 'mean_entropy', 'scan_loss', 'validate_scan', 'head_agreement', 'choose_head', 'unstandardize',
-           'check_neighbors', 'random_partners', 'find_prior', 'estimate_prior', 'TrainedHeads', 'train_heads',
-           'clustering_health', 'diagnose', 'logits_of', 'got_worse', 'StageResult', 'train_checked', 'Pairs',
-           'train_scan']
+           'check_neighbors', 'random_partners', 'temi_loss', 'find_prior', 'estimate_prior', 'TrainedHeads',
+           'train_heads', 'clustering_health', 'diagnose', 'logits_of', 'got_worse', 'StageResult', 'train_checked',
+           'Pairs', 'train_scan']
 
 # %% ../nbs/09_scan.ipynb #86bca8f7
 import copy
@@ -192,16 +192,47 @@ def random_partners(
     column = torch.randint(neighbors.shape[1], (len(indices), 1), generator=generator, device=indices.device)
     return neighbors[indices].gather(1, column)[:, 0]
 
+# %% ../nbs/09_scan.ipynb #e4e0628a
+def temi_loss(
+    anchor_logits: Tensor,      # H×B×C of the heads
+    neighbor_logits: Tensor,    # the same shape: row i belongs to a neighbor of anchor i
+    anchor_targets: Tensor,     # H×B×C: logits of the teachers, without gradient
+    neighbor_targets: Tensor,   # the same of the neighbors
+    beta: float = .6,           # exponent of the products, 0.5 < β ≤ 1; lower: less confident, more even
+) -> Tensor:                    # H
+    "Pointwise mutual information of neighbors, learned from a teacher (TEMI, section 3)."
+    logits = anchor_logits, neighbor_logits, anchor_targets, neighbor_targets
+    p, q, p_slow, q_slow = (x.float().log_softmax(-1) for x in logits)
+    mean = torch.cat([p_slow, q_slow], 1).logsumexp(1, keepdim=True) - math.log(2*p.shape[1])
+    pmi = [(beta*(own + other) - mean).logsumexp(-1) for own, other in ((p, q_slow), (q, p_slow))]
+    weight = (p_slow + q_slow).logsumexp(-1).exp().mean(0)
+    return -(weight*(pmi[0] + pmi[1])/2).mean(-1)
+
+# %% ../nbs/09_scan.ipynb #91b5d44c
+def _teachers(heads, prior):
+    "Function(embeddings) -> logits of anchors and neighbors, of a moving average that each call moves on."
+    if prior is not None: raise UserError("objective 'temi' has no prior: leave it out, or take 'scan'.")
+    slow = copy.deepcopy(heads)
+    @torch.no_grad()
+    def look(z):
+        for old, new in zip(slow.parameters(), heads.parameters()): old.lerp_(new, .05)
+        return [gather(x, 1) for x in slow(z).chunk(2, 1)]
+    return look
+
 # %% ../nbs/09_scan.ipynb #41361e32
-def _heads_step(heads, pick, neighbors, entropy_weight, prior, generator):
+def _heads_step(heads, pick, neighbors, entropy_weight, prior, generator, objective):
     "One step of all heads for `train`: the sum of their losses; `pick` gives embeddings of indices."
     if not 0 <= entropy_weight < math.inf:
         raise UserError(f'The entropy weight is {entropy_weight}: give a number from 0 up.')
+    if objective not in ('scan', 'temi'):
+        raise UserError(f"objective is {objective!r}: give 'scan' or 'temi'.")
+    teachers = _teachers(heads, prior) if objective == 'temi' else None
     def step(indices):
-        both = torch.cat([indices, random_partners(neighbors, indices, generator)])
-        logits = (gather(x, 1) for x in heads(pick(both)).chunk(2, 1))
-        loss = scan_loss(*logits, entropy_weight, prior)
-        return dict(loss=loss.total.sum(), consistency=loss.consistency.mean(), entropy=loss.entropy.mean())
+        z = pick(torch.cat([indices, random_partners(neighbors, indices, generator)]))
+        pairs = [gather(x, 1) for x in heads(z).chunk(2, 1)]
+        loss = scan_loss(*pairs, entropy_weight, prior)
+        total = temi_loss(*pairs, *teachers(z)) if teachers else loss.total
+        return dict(loss=total.sum(), consistency=loss.consistency.mean(), entropy=loss.entropy.mean())
     return step
 
 # %% ../nbs/09_scan.ipynb #b90c0001
@@ -217,9 +248,9 @@ def _picker(z, views, mean, std, generator):
     return pick
 
 # %% ../nbs/09_scan.ipynb #444948e1
-def _fit_heads(heads, step, n, lr, generator, epochs, batch_size, progress):
+def _fit_heads(heads, step, n, lr, weight_decay, generator, epochs, batch_size, progress):
     "Adam along a cosine; gives the history."
-    optimizer = torch.optim.Adam(heads.parameters(), lr, fused=True)
+    optimizer = torch.optim.Adam(heads.parameters(), lr, weight_decay=weight_decay, fused=True)
     schedule = CosineSchedule(optimizer, epochs*steps_per_epoch(n, batch_size))
     return train(step, n, optimizer, epochs=epochs, batch_size=batch_size, generator=generator,
                  schedule=schedule, modules=[heads], progress=progress)
@@ -286,10 +317,12 @@ def train_heads(
     epochs: int = 80,            # passes over the data
     batch_size: int = 512,       # anchors per update
     lr: float = .01,             # of Adam on standardized embeddings, falling along a cosine
+    weight_decay: float = 0.,    # of Adam; above 0 where the embeddings have many columns, see below
     entropy_weight: float = 5.,  # λ
     prior: Tensor|str|None = None,  # C class sizes expected, or 'estimate'; None: all equal
     views: Tensor|None = None,   # V×N×D, from `embed_views`: anchor and neighbor are random views
     choose: str = 'loss',        # how the head is chosen, see `choose_head`
+    objective: str = 'scan',     # 'temi': `temi_loss`, which has no λ; these heads are judged with λ = 1
     seed: int = 0,               # of initial weights, batches and partners
     progress: str|None = None,   # label of a progress bar
 ) -> TrainedHeads:  # all heads, and the chosen one
@@ -300,9 +333,10 @@ def train_heads(
     z, generator = (embeddings - mean)/std, make_generator(seed, embeddings.device)
     with seeded(seed): heads = ClusterHeads(z.shape[1], n_clusters, n_heads).to(z.device)
     pick = _picker(z, views, mean, std, generator)
-    step = _heads_step(heads, pick, neighbors, entropy_weight, prior, generator)
-    history = _fit_heads(heads, step, len(z), lr, generator, epochs, batch_size, progress)
-    return TrainedHeads._judged(heads, z, neighbors, entropy_weight, prior, choose, mean, std, history)
+    weight = 1. if objective == 'temi' else entropy_weight
+    step = _heads_step(heads, pick, neighbors, weight, prior, generator, objective)
+    history = _fit_heads(heads, step, len(z), lr, weight_decay, generator, epochs, batch_size, progress)
+    return TrainedHeads._judged(heads, z, neighbors, weight, prior, choose, mean, std, history)
 
 # %% ../nbs/09_scan.ipynb #079ae440
 @torch.no_grad()

@@ -315,7 +315,8 @@ def _try_heads(stage, model, neighbors): # the model gets the best head
         z, near, size = z.to(stage.device), neighbors.to(stage.device), 512 - 512 % place()[1]
         heads = train_heads(z, near, r.n_clusters, n_heads=r.tried_heads, epochs=r.heads_epochs, seed=r.seed,
                             batch_size=size, entropy_weight=r.entropy_weight, prior=r.prior,
-                            choose=r.head_choice, progress=stage.bar('heads'))
+                            choose=r.head_choice, objective=r.objective, weight_decay=r.heads_decay,
+                            progress=stage.bar('heads'))
         with seeded(r.seed): head = select_head(heads.heads, heads.best).state_dict()
         found = dict(head=head, best=heads.best, history=heads.history, seconds=time.monotonic() - begun)
         if saved and not place()[0]: saved.save(**found)

@@ -80,8 +80,8 @@ def expected_fields(name):
                      n_neighbors=50 if large else 20, n_neighbors_val=5, index='exact', time_window=0,
                      mutual=False, whiten=0, n_views=0),
         scan=dict(entropy_weight=5, n_neighbors=50 if large else 20, n_heads=10 if large else 1,
-                  head_only=large, heads_epochs=0, tried_heads=64, head_choice='loss', prior=None,
-                  remine_every=0),
+                  head_only=large, heads_epochs=0, tried_heads=64, head_choice='loss', heads_decay=0,
+                  objective='scan', prior=None, remine_every=0),
         selflabel=dict(threshold=.99, balance=not large, ema_decay=.999 if large else None, entropy_weight=0,
                        prior=None, soft_targets=False))
     return out | own[stage]
@@ -208,7 +208,8 @@ own = {
     'scan': dict(
         entropy_weight=positive, n_neighbors=st.none() | st.integers(1, 99), n_heads=st.integers(1, 99),
         head_only=st.booleans(), heads_epochs=st.integers(1, 99), tried_heads=st.integers(1, 99),
-        head_choice=st.sampled_from(['loss', 'agreement', 'both']), remine_every=st.integers(0, 9)),
+        head_choice=st.sampled_from(['loss', 'agreement', 'both']),
+        objective=st.sampled_from(['scan', 'temi']), heads_decay=positive, remine_every=st.integers(0, 9)),
     'selflabel': dict(
         threshold=st.floats(0, .999), balance=st.booleans(), ema_decay=st.none() | st.floats(0, .999),
         entropy_weight=positive, soft_targets=st.booleans())}
@@ -337,6 +338,7 @@ SENTENCES = [   # setting, value, sentence; a setting with a stage belongs to th
     ('pretext.pretrained', 3, 'pretext.pretrained is 3: give a text or null.'),
     ('pretext.more_views', 3, 'pretext.more_views is 3: give a list of mappings.'),
     ('scan.head_choice', 'luck', "scan.head_choice is 'luck': give loss or agreement or both."),
+    ('scan.objective', 'dino', "scan.objective is 'dino': give scan or temi."),
     ('scan.head_only', 1, 'scan.head_only is 1: give true or false.'),
     ('scan.views', 'theirs', "scan.views is 'theirs': give standard or simclr or ours."),
     ('prior', 'guess', "prior is 'guess': give a list of numbers from 1e-06 to 1000000 or estimate or null."),
@@ -436,6 +438,7 @@ def test_recipes_cannot_be_changed_in_place():
     (dict(std=[0.], mean=[0.]), 'std is'),
     (dict(prior=[1, 2]), r'prior is \(1.0, 2.0\): give one share for each of 10 clusters'),
     (dict(prior=[0]*10), 'prior is'), (dict(epochs=0), 'scan.epochs and scan.heads_epochs are 0'),
+    (dict(prior='estimate', objective='temi'), "scan.objective is 'temi', which has no prior"),
     (dict(n_heads=2, heads_epochs=1), 'scan.n_heads is above 1, but scan.heads_epochs ends with one head'),
     (dict(backbone_options=dict(stride=2)), "no backbone option 'stride': give widths or stem_stride"),
     (dict(views_options=dict(rotation=5)), "views 'ours' have no setting 'rotation'"),

@@ -23,6 +23,7 @@ from scan_nb.scan import (
     mean_entropy,
     random_partners,
     scan_loss,
+    temi_loss,
     train_heads,
     train_scan,
     unstandardize,
@@ -67,6 +68,60 @@ def test_loss_equals_brute_force_and_keeps_its_bounds(seed, b, c, weight, scale)
         assert ours.item() == pytest.approx(exact, rel=1e-3, abs=1e-3)
     assert loss.consistency >= -1e-5 and -1e-5 <= loss.entropy <= math.log(c) + 1e-5
     assert loss.total >= -weight * math.log(c) - 1e-3
+
+
+def temi_reference(logits, beta):
+    "Float64, head by head and pair by pair: anchors, neighbors, then what the teachers say of both."
+    p, q, p_slow, q_slow = (x.double().softmax(-1).numpy() for x in logits)
+    mean = np.concatenate([p_slow, q_slow], 1).mean(1)
+    weight = [np.mean([np.dot(a, b) for a, b in zip(p_slow[:, i], q_slow[:, i])]) for i in range(p.shape[1])]
+
+    def information(own, other):
+        return [np.mean([w * np.log(np.sum((own[h, i] * other[h, i]) ** beta / mean[h]))
+                         for i, w in enumerate(weight)]) for h in range(len(own))]
+
+    return -(np.array(information(p, q_slow)) + np.array(information(q, p_slow))) / 2
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    h=st.integers(1, 4),
+    b=st.integers(1, 20),
+    c=st.integers(2, 9),
+    beta=st.floats(0.5, 1),
+    scale=st.floats(0.01, 20),
+)
+@settings(max_examples=60, deadline=None)
+def test_temi_equals_brute_force_and_teaches_only_the_heads(seed, h, b, c, beta, scale):
+    logits = [draw(seed + i, h, b, c, scale=scale).requires_grad_(i < 2) for i in range(4)]
+    loss = temi_loss(*logits, beta)
+    np.testing.assert_allclose(loss.detach(), temi_reference([x.detach() for x in logits], beta), 1e-3, 1e-3)
+    loss.sum().backward()
+    assert all(x.grad.isfinite().all() for x in logits[:2])
+    swapped = temi_loss(*(logits[i] for i in (1, 0, 3, 2)), beta)
+    torch.testing.assert_close(swapped, loss)
+
+
+def test_temi_stays_finite_where_probabilities_vanish():
+    far = torch.tensor([[[300.0, 0.0], [0.0, 300.0]]], requires_grad=True)
+    loss = temi_loss(far, far.flip(1), far.detach(), far.detach().flip(1))
+    loss.sum().backward()
+    assert loss.isfinite().all() and far.grad.isfinite().all()
+
+
+def test_temi_heads_find_separate_groups_and_follow_slowly(blobs):
+    z, neighbors, labels = blobs
+    options = dict(n_heads=8, epochs=60, batch_size=50, objective='temi')
+    found, again = (train_heads(z, neighbors, 5, entropy_weight=weight, **options) for weight in (5, 9))
+    assert torch.equal(found.heads.weight, again.heads.weight) and torch.equal(found.losses, again.losses)
+    assert cluster_metrics(found.heads(z)[found.best].argmax(-1), labels)['acc'] == 1
+    assert {'loss', 'consistency', 'entropy'} <= found.history[0].keys()
+    heads = ClusterHeads(8, 5, 2)
+    follow, start = scan._teachers(heads, None), copy.deepcopy(heads)
+    torch.testing.assert_close(torch.cat(follow(z), 1), start(z))
+    with torch.no_grad():
+        heads.weight += 1
+    torch.testing.assert_close(torch.cat(follow(z), 1), start(z) + 0.05 * z.sum(1)[:, None])
 
 
 @given(seed=st.integers(0, 10**6), heads=st.integers(1, 5))
@@ -211,6 +266,16 @@ def test_heads_find_separate_groups_the_same_way_each_time(blobs):
     assert not torch.equal(other.heads.weight, a.heads.weight)
 
 
+def test_decay_keeps_heads_small_and_changes_nothing_at_zero(blobs):
+    z, neighbors, labels = blobs
+    options = dict(n_heads=4, epochs=40, batch_size=50)
+    plain, none, some = (train_heads(z, neighbors, 5, **options, **o) for o in ({}, dict(weight_decay=0.0),
+                                                                               dict(weight_decay=0.2)))
+    assert torch.equal(plain.heads.weight, none.heads.weight)
+    assert some.heads.weight.norm() < 0.8 * plain.heads.weight.norm()
+    assert cluster_metrics(some.heads(z)[some.best].argmax(-1), labels)['acc'] == 1
+
+
 def test_heads_leave_the_global_random_numbers_alone(blobs):
     z, neighbors, _ = blobs
     before = torch.get_rng_state()
@@ -248,6 +313,8 @@ def test_neighbors_of_another_set(blobs):
         (dict(kind=torch.float32), 'do not belong'),
         (dict(entropy_weight=math.nan), 'entropy weight is nan'),
         (dict(entropy_weight=-1.0), 'entropy weight is -1'),
+        (dict(objective='dino'), "objective is 'dino': give 'scan' or 'temi'"),
+        (dict(objective='temi', prior='estimate'), "'temi' has no prior"),
     ],
     ids=str,
 )

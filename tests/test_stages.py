@@ -538,7 +538,8 @@ SWITCHES = {   # of a stage -> settings, each with what it needs to matter
     'scan': [
         dict(entropy_weight=2.), dict(n_neighbors=1), dict(head_only=True), dict(heads_epochs=0),
         dict(heads_epochs=0, n_heads=2), dict(tried_heads=9), dict(prior='estimate'),
-        dict(prior=(.5, .3, .2)), dict(remine_every=1), dict(views='standard', views_options={}),
+        dict(objective='temi'), dict(heads_decay=.5), dict(prior=(.5, .3, .2)), dict(remine_every=1),
+        dict(views='standard', views_options={}),
         dict(optimizer='sgd'), dict(lr=1e-4), dict(epochs=1), dict(epochs=0), dict(batch_size=45),
         dict(seed=4), dict(scheduler='constant')],
     'selflabel': [
