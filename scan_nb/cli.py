@@ -262,7 +262,8 @@ def _suggest(args): # run
     from scan_nb.report import save_suggestion, write_report
     from scan_nb.run_folder import read_run
     first = read_run(args.run)[0]
-    if first.embeddings is None: raise UserError(f"'{args.run}' has no features: finish a pretext task first.")
+    if first.embeddings is None:
+        raise UserError(f"'{args.run}' has no features: finish a pretext task first.")
     found = suggest_n_clusters(first.embeddings, first.neighbors, seed=first.recipe.seed, progress=args.bars)
     save_suggestion(args.run, found)
     votes = ', '.join(f'{name} {k}' for name, k in found.votes.items())
