@@ -323,7 +323,7 @@ def test_a_wrong_key_is_named_with_the_closest(load, tmp_path, change, wrong, me
      'transformation_kwargs.normalize.mean: mean is 5: give a list of numbers from 0 to 1 or null'),
     (dict(transformation_kwargs__normalize__mean=['a', 'b', 'c']), 'normalize.mean: mean is'),
     (dict(channels=1), 'mean and std have 3 values'),
-    (dict(channels=2), 'channels: channels is 2: give 1 or 3 or null'),
+    (dict(channels=17), 'channels: channels is 17: give a whole number from 1 to 16 or null'),
     (dict(prior=[1, 2]), 'prior: prior is .*: give one share for each of 10 clusters'),
     (dict(prior=[0]*10), 'prior is'),
     (dict(prior='guess'), "prior is 'guess': give a list of numbers from 1e-06 to 1000000 or estimate"),
