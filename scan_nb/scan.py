@@ -215,7 +215,7 @@ def _teachers(heads, prior):
     slow = copy.deepcopy(heads)
     @torch.no_grad()
     def look(z):
-        for old, new in zip(slow.parameters(), heads.parameters()): old.lerp_(new, .05)
+        for old, new in zip(slow.parameters(), heads.parameters()): old.lerp_(new, .2)
         return [gather(x, 1) for x in slow(z).chunk(2, 1)]
     return look
 

@@ -240,6 +240,7 @@ def recipes(draw):
         given = draw(st.fixed_dictionaries(learning | own[stage])) | dict(
             views=views, views_options=draw(st.fixed_dictionaries({}, optional=options[views])))
         if given.get('n_heads', 1) > 1: given['heads_epochs'] = 0   # a start by heads ends with one
+        if prior: given.pop('objective', None)   # TEMI has none
         stages[stage] = kind(**common, **given, **({} if stage == 'pretext' else dict(prior=prior)))
     cpu = draw(st.fixed_dictionaries({}, optional={
         'size': st.integers(8, 64), 'pretext.epochs': st.integers(1, 9), 'scan.lr': positive,
