@@ -268,7 +268,7 @@ def to_nchw(
     signs = [y for y in fit if y.shape[2] == y.shape[3]], [y for y in fit if y.shape[1] in (1, 3)]
     meant = [y for one in signs if len(one) == 1 for y in one] or fit
     meant = [y for y in fit if y.shape[1] == channels] or meant
-    if any(y is not meant[0] for y in meant):
+    if x.numel() > len(x) and any(y is not meant[0] for y in meant):
         raise UserError(f'Images of shape {shape} can be read as N×C×H×W and as N×H×W×C: say how many '
                         '`channels` they have, or give an `ImageSet`, which is N×C×H×W.')
     return meant[0].contiguous()

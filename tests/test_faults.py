@@ -6,7 +6,7 @@ import pytest, torch, yaml
 from PIL import Image
 from scan_nb import data as lesson, files, report
 from scan_nb.cli import main
-from scan_nb.data import UserError, digits, image_folder
+from scan_nb.data import ImageSet, UserError, digits, image_folder
 from scan_nb.datasets import image_folder as cached_folder
 from scan_nb.pipeline import SCAN
 from scan_nb.recipe_files import find_recipe, load_env, to_yaml
@@ -74,7 +74,7 @@ def drawn(rng):
             'views': ['standard', 'simclr', 'ours']}.items()}
     settings = {name: pick(few[name]) for name in rng.sample(sorted(few), 12)}
     x = np.random.default_rng(rng.randint(0, 99)).integers(0, 256, (n, c, *sides), dtype=np.uint8)
-    return dict(n_clusters=k, seed=pick([*LIMITS['seed']])) | settings, x
+    return dict(n_clusters=k, seed=pick([*LIMITS['seed']])) | settings, ImageSet(torch.from_numpy(x))
 
 @pytest.mark.parametrize('seed', range(25))
 def test_what_the_limits_allow_works_to_the_end(seed):
