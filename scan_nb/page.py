@@ -156,7 +156,7 @@ _ODD = '''
 {% if twins %}<h2 id="alike">Nearly the same</h2>
 <p>Pairs of images whose features are nearly equal, the most alike first: copies, frames of one scene. Below
 stands how alike they are (the cosine, at most 1), and their clusters.</p>
-<div class="twins">{% for a, b, cosine in twins %}<div>{{ thumbs([a, b]) }}{{ '%.4f' % cosine }}, in
+<div class="twins">{% for a, b, cosine in twins %}<div>{{ thumbs([a, b]) }}{{ '%.4f' % cosine }}, cluster
 {{ a.cluster if a.cluster == b.cluster else '%d and %d' % (a.cluster, b.cluster) }}</div>{% endfor %}</div>
 {% endif %}{% if alone %}<h2 id="alone">Fit nowhere</h2>
 <p>The images that are least like even their nearest neighbors; below, the mean cosine to these. Often they

@@ -49,7 +49,7 @@ def test_the_page_alone(made):
     assert re.findall(r'data-cluster="(\d+)"', text) == [str(k) for k in range(K)]
     assert text.count('<circle') == 1000 and {'names', 'alike', 'alone', 'map'} <= {*checker.ids}
     assert sum(key == 'href' and value[:3] == '../' for _, key, value in checker.sources) > 12*24
-    pair = text.partition('id="alike"')[2].partition('1.0000, in')[0]
+    pair = text.partition('id="alike"')[2].partition('1.0000, cluster')[0]
     assert all(name in pair for name in ('title="0/0000 #?%&lt;b&gt;&amp;é.png', 'title="1/0001.png'))
     seal = re.search(r"script-src 'sha256-([^']+)'", text)
     assert seal and "default-src 'none'" in text
