@@ -57,7 +57,7 @@ def test_what_is_no_matrix(tmp_path):
     (tmp_path/'damaged.parquet').write_bytes(b'PAR1')
     (tmp_path/'x.csv').write_text('1,2')
     none = 'holds no matrix'
-    for name, said in {'flat.npy': none, 'words.npy': none, 'two.npz': 'call one of them', 'pickled.npy': 'damaged',
+    for name, said in {'flat.npy': none, 'words.npy': none, 'two.npz': 'call one of', 'pickled.npy': 'damaged',
                        'damaged.npy': 'damaged', 'damaged.parquet': 'damaged', 'x.csv': 'no matrix: give',
                        'nowhere.npy': 'no file'}.items():
         with pytest.raises(UserError, match=said) as e: read_matrix(tmp_path/name)
@@ -126,7 +126,8 @@ def test_suggested_number(z):
 @pytest.fixture
 def folder(data, tmp_path):
     (tmp_path/'pictures').mkdir()
-    for i, x in enumerate(data.images[:60, 0].numpy()): Image.fromarray(x).save(tmp_path/f'pictures/{i:03}.png')
+    for i, x in enumerate(data.images[:60, 0].numpy()):
+        Image.fromarray(x).save(tmp_path/f'pictures/{i:03}.png')
     return tmp_path
 
 @pytest.mark.parametrize('source', [True, False])
