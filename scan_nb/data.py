@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from threading import Lock
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -41,15 +42,17 @@ MAX_CHANNELS = 16   # of an image
 def check_images(
     images: Tensor,                  # expected: N×C×H×W uint8, C 1 to 16
     paths: list[str] | None = None,  # expected: one per image
+    rows: Tensor | None = None,      # of embeddings, expected: one per image
 ) -> None:
-    "Raises `UserError` when `images` is anything else, or the number of `paths` differs."
+    "Raises `UserError` when `images` is anything else, or the number of the others differs."
     kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
     if kind != torch.uint8: raise UserError(f'Images must be a uint8 tensor, not {kind}: use `as_image_set`.')
     if images.ndim != 4 or images.shape[1] > MAX_CHANNELS or 0 in images.shape[1:]:
         shape = '×'.join(map(str, images.shape))
         raise UserError(f'Images must have the shape N×C×H×W with 1 to {MAX_CHANNELS} channels, not {shape}.')
-    if paths is not None and len(paths) != len(images):
-        raise UserError(f'{len(images)} images need {len(images)} paths, not {len(paths)}.')
+    for name, part in {'paths': paths, 'rows of embeddings': rows}.items():
+        if part is not None and len(part) != len(images):
+            raise UserError(f'{len(images)} images need {len(images)} {name}, not {len(part)}.')
 
 # %% ../nbs/00_data.ipynb #af3ee808
 def name_label(
@@ -138,22 +141,18 @@ class ImageSet:
     skipped: list[tuple[str, str]] = field(default_factory=list)   # (path, reason) of unreadable files
     times: Tensor | None = None        # N float64, seconds since 1970 (UTC)
     embeddings: Tensor | None = None   # N×D, features that others computed
-    facts: dict = field(default_factory=dict)  # of files: kinds, sides (shortest, longest), outside (share of
-    # the pictures beside their middle square), frames and stacks (how many left out), others (not read),
-    # labels and splits (whence they are); of more than 8 bits: white, the value that became 255
+    facts: dict = field(default_factory=dict)  # of files: kinds, sides, outside (share beside the middle),
+    # frames and stacks (left out), others (not read), whence labels and splits are; white, which became 255
     def __post_init__(self):
-        check_images(self.images, self.paths)
+        check_images(self.images, self.paths, self.embeddings)
         self.labels, self.classes = check_labels(self.labels, len(self), self.classes)
         self.times = check_times(self.times, len(self))
-        if (rows := len(self if self.embeddings is None else self.embeddings)) != len(self):
-            raise UserError(f'{len(self)} images need {len(self)} rows of embeddings, not {rows}.')
     def __len__(self): return len(self.images)
     def __getitem__(self, index):
         "The images at a number, a slice, positions or N booleans. Raises `IndexError` when these do not fit."
         if isinstance(index, (int, np.integer)): index = [int(index)]
         if not isinstance(index, slice):
-            index = torch.as_tensor(index)
-            if not index.numel(): index = index.long()
+            index = torch.as_tensor(index) if len(index) else torch.tensor([], dtype=torch.long)
         which = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index]
         paths = None if self.paths is None else [self.paths[i] for i in which.tolist()]
         chosen = {k: v[index] for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -170,17 +169,17 @@ class ImageSet:
         size = '×'.join(map(str, self.images.shape[1:]))
         classes = 'no labels' if self.labels is None else f'{self.n_classes} classes'
         unknown = 0 if self.labels is None else int((self.labels < 0).sum())
-        if unknown: classes += f', {unknown} unlabeled'
-        skipped = f', {len(self.skipped)} skipped' if self.skipped else ''
+        classes += f', {unknown} unlabeled'*(unknown > 0)
+        skipped = f', {len(self.skipped)} skipped'*bool(self.skipped)
         return f"ImageSet({len(self)} image{'s'*(len(self) != 1)} of {size}, {classes}{skipped})"
 
 # %% ../nbs/00_data.ipynb #ab291057
 def digits() -> ImageSet:   # 1797 images of 1×8×8, 10 classes
     "scikit-learn's handwritten digits (UCI, Alpaydin and Kaynak 1998); their 0 to 16 becomes 0 to 255."
     from sklearn.datasets import load_digits
-    raw = load_digits()
-    images = torch.from_numpy((raw.images*255/16).round().astype(np.uint8))
-    return ImageSet(images[:, None], torch.from_numpy(raw.target), [str(i) for i in range(10)])
+    x, y = load_digits(return_X_y=True)
+    images = torch.from_numpy((x*255/16).round().astype(np.uint8)).view(-1, 1, 8, 8)
+    return ImageSet(images, torch.from_numpy(y), [str(i) for i in range(10)])
 
 # %% ../nbs/00_data.ipynb #8331dca7
 def to_uint8(
@@ -326,14 +325,16 @@ def is_gray(
         return bool((palette == palette[:, :1]).all())
     return image.mode in ('1', 'L', 'LA', 'La') or is_deep(image)
 
+LARGE = Lock()   # pictures that take much memory are decoded one at a time
+def in_turn(image): return LARGE if image.width*image.height > 2**24 else nullcontext()
+
 # %% ../nbs/00_data.ipynb #2653d5a7
 def to_8bit(
     image: Image.Image,    # modes I;16*, I or F
     white: float | None,   # the value that becomes 255; None: 65535, of floats 1
 ) -> Image.Image:          # mode L
     "Raises `ValueError` for values beyond."
-    x = np.asarray(image).astype(np.float32)
-    top = white or (1 if image.mode == 'F' else 65535)
+    x, top = np.asarray(image).astype(np.float32), white or (1 if image.mode == 'F' else 65535)
     if not (x.min() >= 0 and x.max() <= top*(1 + 1e-6)):
         raise ValueError(f'values from {x.min():g} to {x.max():g}, where 0 to {top:g} is understood')
     return Image.fromarray((x*(255/top)).round().astype(np.uint8))
@@ -344,8 +345,7 @@ def upright_8bit(
     white: float | None,   # see `to_8bit`
 ) -> Image.Image:          # mode L or RGB, turned upright by its EXIF tag
     "Decode to 8-bit gray or color; transparent parts show white, as on a page."
-    gray = is_gray(image)
-    image = ImageOps.exif_transpose(image)
+    gray, image = is_gray(image), ImageOps.exif_transpose(image)
     if is_deep(image): return to_8bit(image, white)
     if image.has_transparency_data:
         image = image.convert('RGBA')
@@ -361,8 +361,7 @@ IMAGE_SUFFIXES = {'.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.bmp', '.gif', '.ti
 def image_formats() -> list[str]: # Pillow's names of these, as far as it can read them
     "No file of another format is ever opened."
     Image.init()
-    known = 'PNG', 'JPEG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM', 'JPEG2000', 'AVIF'
-    return [name for name in known if name in Image.OPEN]
+    return [n for n in 'PNG JPEG BMP GIF TIFF WEBP PPM JPEG2000 AVIF'.split() if n in Image.OPEN]
 
 # %% ../nbs/00_data.ipynb #0d893d7f
 def decode_image(
@@ -375,7 +374,9 @@ def decode_image(
     "One file, resized with antialiasing to a square of `size`. Raises what Pillow raises."
     with open_picture(file) as image:
         if image is not file: image.draft(None, (4*size, 4*size))   # JPEG: skip what shrinking would remove
-        image = upright_8bit(image, white)
+        with in_turn(image):
+            parts = min(image.size)//(4*size) if image.mode == 'RGBA' else 0
+            image = upright_8bit(image.reduce(parts) if parts > 1 else image, white)
     image = image.convert('L' if channels == 1 else 'RGB')
     if fit == 'whole': image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color='white')
     side = min(image.size)
@@ -435,7 +436,8 @@ def decode_files(
     "Decode in threads, a block of files at a time, so that memory stays small."
     from tqdm import tqdm
     image_formats()
-    with ThreadPoolExecutor() as pool, tqdm(total=len(files), desc='images', disable=not progress) as bar:
+    bar = tqdm(total=len(files), desc='images', disable=not progress)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         for start in range(0, len(files), 1024):
             for found in pool.map(lambda f: try_decode(f, *how), files[start:start+1024]):
                 yield found
@@ -485,7 +487,7 @@ def only_gray(
 ) -> bool:
     "Are the three channels equal in every pixel? Or can it not be read?"
     try:
-        with open_picture(file) as image:
+        with open_picture(file) as image, in_turn(image):
             if image is not file: image.draft(None, (256, 256))
             return bool((np.ptp(np.asarray(image.convert('RGB')), -1) == 0).all())
     except Exception: return True
@@ -500,20 +502,19 @@ def choose_shape(
 ) -> tuple[int, int, dict]:       # size, channels, and what the files are, see `ImageSet`
     "One shape for all files. Raises `UserError` (wrong size)."
     check_size(size, channels)
-    with ThreadPoolExecutor() as pool: heads = [h for h in pool.map(peek, files) if h]
+    with ThreadPoolExecutor(os.cpu_count()) as pool: heads = [h for h in pool.map(peek, files) if h]
     if not heads: return size or 1, channels or 1, {}
-    widths, heights, gray, frames, high = (np.array(x) for x in zip(*heads))
-    short, long = np.minimum(widths, heights), np.maximum(widths, heights)
+    *sides, gray, frames, high = (np.array(x) for x in zip(*heads))
+    short, long = np.minimum(*sides), np.maximum(*sides)
     facts = dict(sides=[int(short.min()), int(long.max())], frames=int((frames - 1).sum()),
                  stacks=int((frames > 1).sum()))
     if fit == 'crop': facts['outside'] = float((1 - short/long).mean())
     if high.any(): facts['white'] = white or find_white(float(high.max()))
     facts['kinds'] = Counter(Path(file).suffix.lower() for file in files if isinstance(file, (str, Path)))
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = (files[i:i+64] for i in range(0, len(files), 64))
         one = gray.all() or not channels and all(all(pool.map(only_gray, part)) for part in parts)
-    channels = channels or (1 if one else 3)
-    return size or min(int(np.median(short)), 96), channels, facts
+    return size or min(int(np.median(short)), 96), channels or (1 if one else 3), facts
 
 # %% ../nbs/00_data.ipynb #19fcc00c
 _SPLITS = {'train': 'train', 'training': 'train', 'test': 'test', 'testing': 'test', 'val': 'test',
@@ -573,7 +574,7 @@ def image_folder(
     images, skipped = read_images(files, *shape, facts.get('white'))
     data = name_images(images, folder, files, skipped)
     y, classes = class_labels(data.paths, labels)
-    facts |= {} if y is None else dict(labels='the subfolders')
+    if y is not None: facts['labels'] = 'the subfolders'
     return replace(data, labels=y, classes=classes, facts=facts)
 
 # %% ../nbs/00_data.ipynb #f4b41faf

@@ -369,6 +369,10 @@ def _shrink(images, side): # M×C×H×W
     size = [max(1, round(scale*length)) for length in images.shape[2:]]
     return torch.nn.functional.interpolate(images.float(), size, mode='area').round().to(images.dtype)
 
+def _small(images, rows, side): # N×C×H×W, perhaps memory-mapped; M positions
+    "Some of many, a few at a time."
+    return torch.cat([_shrink(images[part].cpu(), side) for part in rows.split(64)])
+
 # %% ../nbs/11c_page.ipynb #fa15ec01
 def _false_colors(images): # N×C×H×W uint8 -> N×3×H×W uint8
     "`to_color` for the eye: of each color, all but the brightest hundredth over all images fill the range."

@@ -26,7 +26,7 @@ from .neighbors_fast import score_neighbors
 from .recipes import _flat
 from .files import (cluster_names, digest, do_each, parse_yaml, rename_clusters, write_clusters,
                            write_text, writing)
-from .page import _data_uri, _false_colors, _picture, _shrink, _thumbnail, render_page
+from .page import _data_uri, _false_colors, _picture, _shrink, _small, _thumbnail, render_page
 from .run_folder import Outcome, find_sources
 from .scan import logits_of
 from .training import Checkpoint
@@ -81,7 +81,7 @@ def _describe_images(data, probabilities, index): # M int64: the images to show 
     "Pixels of some images, and what can be written under each."
     top = probabilities[index].topk(2)
     paths = [data.paths[i] if data.paths else f'image {i}' for i in index.tolist()]
-    pictures = {} if data.facts.get('blank') else dict(images=_shrink(data.images[index].cpu(), 96))
+    pictures = {} if data.facts.get('blank') else dict(images=_small(data.images, index, 96))
     found = pictures | dict(index=index, path=np.array(paths),
                  confidence=top.values[:, 0], cluster=top.indices[:, 0], second=top.indices[:, 1])
     return found if data.labels is None else found | {'label': data.labels.cpu()[index]}
@@ -104,9 +104,8 @@ SHOWN = 'typical', 'doubtful', 'surest', 'least', 'twins', 'alone'   # parts of 
 def _describe_points(data, index): # M int64: the images on the map
     "Their small pictures, and what they are called."
     paths = [data.paths[i] if data.paths else f'image {i}' for i in index.tolist()]
-    found = dict(points_path=np.array(paths, str))
-    if data.facts.get('blank'): return found
-    return found | dict(points_images=_shrink(data.images[index].cpu(), 48))
+    pictures = {} if data.facts.get('blank') else dict(points_images=_small(data.images, index, 48))
+    return pictures | dict(points_path=np.array(paths, str))
 
 # %% ../nbs/12a_report.ipynb #7d6918b0
 def save_examples(
@@ -144,9 +143,9 @@ def _kmeans(outcomes, splits, device): # baseline -> split -> int32
     r, first, limit, found = outcomes[-1].recipe, next(iter(splits)), 2**29, {}
     some = {k: _spread(len(v), max(1000, limit//v.images[0].numel())) for k, v in splits.items()}
     fitted, known = _spread(len(splits[first]), 10_000), outcomes[0].features(first)
-    def pixels(split, rows): # of larger images 64×64
+    def pixels(split, rows): # of larger images 32×32
         x = splits[split].images
-        return torch.cat([_shrink(x[i].cpu(), 64 if x.shape[-1] > 96 else 96) for i in rows.split(256)])
+        return _small(x, rows, 32 if x.shape[-1] > 96 else 96)
     def features(split, rows):
         if len(z := known.get(split, ())) == len(splits[split]): return z[rows]
         x = splits[split].images[rows]

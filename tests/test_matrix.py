@@ -57,9 +57,9 @@ def test_what_is_no_matrix(tmp_path):
     (tmp_path/'damaged.parquet').write_bytes(b'PAR1')
     (tmp_path/'x.csv').write_text('1,2')
     none = 'holds no matrix'
-    for name, said in {'flat.npy': none, 'words.npy': none, 'two.npz': 'call one of', 'pickled.npy': 'damaged',
-                       'damaged.npy': 'damaged', 'damaged.parquet': 'damaged', 'x.csv': 'no matrix: give',
-                       'nowhere.npy': 'no file'}.items():
+    for name, said in {'flat.npy': none, 'words.npy': none, 'two.npz': 'call one of',
+                       'pickled.npy': 'damaged', 'damaged.npy': 'damaged', 'damaged.parquet': 'damaged',
+                       'x.csv': 'no matrix: give', 'nowhere.npy': 'no file'}.items():
         with pytest.raises(UserError, match=said) as e: read_matrix(tmp_path/name)
         assert name in str(e.value)
     for wrong, said in ((np.zeros(3), '3'), (np.zeros((2, 0)), '2×0'), (digits(), 'ImageSet'), ({}, 'dict')):
