@@ -262,7 +262,8 @@ def _frozen(stage, model, split): # N×D, or None
     if (z := stage.splits[split].embeddings) is not None: return z
     images, kept = stage.seen(stage.splits[split].images), None
     if stage.folder: kept = cache_dir()/f"features-{fingerprint_images(ImageSet(images))['sha256']}"
-    name = digest(model.backbone.state_dict() | {'name': stage.recipe.backbone})
+    r = stage.recipe
+    name = digest(model.backbone.state_dict() | {'how': f'{r.backbone} {stage.device.type} {r.precision}'})
     return embed_blocks(lambda part: embed(model, part), images, kept, name, label=stage.bar('frozen'))
 
 # %% ../nbs/12_stages.ipynb #1200002d
