@@ -3,7 +3,7 @@ import numpy as np
 import pytest, timm, torch
 from PIL import Image
 from torch.nn import functional as F
-from scan_nb import frozen, stages
+from scan_nb import frozen, pipeline, stages
 from scan_nb.cli import main
 from scan_nb.data import UserError, digits, to_color
 from scan_nb.frozen import (FEATURES, FrozenNet, embed_blocks, find_features, load_frozen, make_frozen)
@@ -12,6 +12,7 @@ from scan_nb.pipeline import SCAN
 from scan_nb.recipe_files import find_recipe, load_stages, to_yaml
 from scan_nb.recipes import frozen_recipe
 from scan_nb.run_folder import read_run
+from scan_nb.sources import as_image_set
 from scan_nb.training import seeded
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -241,3 +242,24 @@ def test_wrong_words(pictures, tmp_path, capsys, words, said):
     assert main(['run', str(pictures), '--out', str(tmp_path/'run'), '--device', 'cpu', *words]) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert said in err and not (tmp_path/'run').exists()
+
+def test_what_is_said_of_a_guess_and_of_time(pictures, tmp_path, capsys, monkeypatch):
+    def stopped(*args, **more): raise KeyboardInterrupt
+    monkeypatch.setattr(SCAN, 'fit', stopped)
+    for words, guess in (([], True), (['--n-clusters', '3'], False), (['--n-clusters', 'auto'], False)):
+        assert main(['run', str(pictures), '--out', str(tmp_path/'run'), '--device', 'cpu', *words]) == 130
+        assert ('10 clusters are a guess' in capsys.readouterr().out) == guess
+
+@pytest.mark.parametrize('minutes, features, files, said', [
+    (30, None, True, True), (5, None, True, False), (30, None, False, False), (30, TINY, True, False)])
+def test_a_long_run_hears_of_features(recipe, pictures, capsys, monkeypatch, minutes, features, files, said):
+    monkeypatch.setattr(pipeline, 'estimate_seconds', lambda *args: dict(pretext=60.*minutes))
+    data = as_image_set(str(pictures)) if files else digits()[:30]
+    asked = recipe if features else 'folder'
+    def stopped(*args, ready, **more):
+        ready()
+        raise KeyboardInterrupt
+    monkeypatch.setattr(pipeline, 'run_stages', stopped)
+    with pytest.raises(KeyboardInterrupt): SCAN(3, recipe=asked, device='cpu', progress=True).fit(data)
+    err = capsys.readouterr().err
+    assert f'About {minutes} minutes' in err and ('--features dinov2' in err) == said
