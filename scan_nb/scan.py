@@ -248,6 +248,13 @@ def _picker(z, views, mean, std, generator):
     return pick
 
 # %% ../nbs/09_scan.ipynb #444948e1
+def _new_heads(embeddings, views, n_clusters, n_heads, seed):
+    "Untrained heads, standardized embeddings, their mean and standard deviation, what picks, random numbers."
+    mean, std = embeddings.mean(0), embeddings.std(0).clamp_min(1e-6)
+    z, generator = (embeddings - mean)/std, make_generator(seed, embeddings.device)
+    with seeded(seed): heads = ClusterHeads(z.shape[1], n_clusters, n_heads).to(z.device)
+    return heads, z, mean, std, _picker(z, views, mean, std, generator), generator
+
 def _fit_heads(heads, step, n, lr, weight_decay, generator, epochs, batch_size, progress):
     "Adam along a cosine; gives the history."
     optimizer = torch.optim.Adam(heads.parameters(), lr, weight_decay=weight_decay, fused=True)
@@ -329,10 +336,7 @@ def train_heads(
     "Many linear heads on fixed embeddings (SCAN, section 2.2). Raises UserError for foreign neighbors."
     check_neighbors(embeddings := torch.as_tensor(embeddings).float(), neighbors, n_clusters)
     prior = find_prior(prior, n_clusters, lambda: embeddings, seed)
-    mean, std = embeddings.mean(0), embeddings.std(0).clamp_min(1e-6)
-    z, generator = (embeddings - mean)/std, make_generator(seed, embeddings.device)
-    with seeded(seed): heads = ClusterHeads(z.shape[1], n_clusters, n_heads).to(z.device)
-    pick = _picker(z, views, mean, std, generator)
+    heads, z, mean, std, pick, generator = _new_heads(embeddings, views, n_clusters, n_heads, seed)
     weight = 1. if objective == 'temi' else entropy_weight
     step = _heads_step(heads, pick, neighbors, weight, prior, generator, objective)
     history = _fit_heads(heads, step, len(z), lr, weight_decay, generator, epochs, batch_size, progress)
