@@ -140,9 +140,9 @@ class ImageSet:
     paths: list[str] | None = None     # N paths of files, as given or relative to the folder
     skipped: list[tuple[str, str]] = field(default_factory=list)   # (path, reason) of unreadable files
     times: Tensor | None = None        # N float64, seconds since 1970 (UTC)
-    embeddings: Tensor | None = None   # N×D, features that others computed
     facts: dict = field(default_factory=dict)  # of files: kinds, sides, outside (share beside the middle),
     # frames and stacks (left out), others (not read), whence labels and splits are; white, which became 255
+    embeddings: Tensor | None = None   # N×D, features that others computed
     def __post_init__(self):
         check_images(self.images, self.paths, self.embeddings)
         self.labels, self.classes = check_labels(self.labels, len(self), self.classes)

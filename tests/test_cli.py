@@ -636,7 +636,7 @@ def test_our_own_mistakes_are_not_hidden(pictures, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='a bug'):
         main(['run', str(pictures), '--out', str(tmp_path/'run'), *TINY])
 
-@pytest.mark.parametrize('words', [[], ['fly'], ['run'], ['predict', 'r'], ['simclr'],
+@pytest.mark.parametrize('words', [[], ['fly'], ['predict', 'r'], ['simclr'],
                                    ['run', 'digits', '--n-clusters', 'ten']])
 def test_bad_words(words, capsys):
     with pytest.raises(SystemExit) as e: main(words)

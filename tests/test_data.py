@@ -188,7 +188,8 @@ def test_times_go_with_their_images(times, draw):
     assert x.times.dtype == torch.float64 and x[where].times.tolist() == [times[i] for i in where]
     assert x[:1].times.tolist() == times[:1] and x[torch.ones(len(times), dtype=bool)].times.tolist() == times
 
-def test_new_fields_come_last(): assert list(vars(tiny()))[-2:] == ['times', 'facts'] and tiny().times is None
+def test_new_fields_come_last():
+    assert list(vars(tiny()))[-2:] == ['facts', 'embeddings'] and tiny().times is None
 
 @pytest.mark.parametrize('words, times', [
     ('need 4 times', [1, 2]), ('need 4 times', np.ones((4, 1))), ('image 2 is nan', [0, 1, np.nan, 2]),

@@ -923,7 +923,7 @@ def test_wrong_requests(four, tmp_path):
     refused('channels must', open_images, four, channels=2)
     refused("no folder .*nowhere': check", open_images, tmp_path/'nowhere')
     refused("no folder .*nowhere': check", open_images, 'mine', place=str(tmp_path/'nowhere'))
-    refused("'lables' is no setting of mine: give root, cache, labels, splits, times", open_images, 'mine',
+    refused("'lables' is no setting of mine: give root, cache, fit, labels, splits", open_images, 'mine',
             place=dict(root=four, lables='y'))
     (tmp_path/'x.txt').touch()
     refused('is a file', open_images, str(tmp_path/'x.txt'))

@@ -139,13 +139,13 @@ def test_colors_of_any_number_of_channels(n, c, seed):
     if c in (1, 3): assert y.equal(x.expand(-1, 3, -1, -1))
 
 @pytest.mark.parametrize('c', [2, 5, 13])
-def test_mosaics_and_thumbnails_are_in_false_colors(c):
+def test_mosaics_and_thumbnails_are_in_false_colors(c, tmp_path):
     x = torch.from_numpy(noise(6, c, 9, 7))
     assert (image_grid(x, 3, (0, 0))[:9, :7] == to_color(x)[0].permute(1, 2, 0).numpy()).all()
     assert (image_grid(to_float(x), 3) == image_grid(x, 3)).all()
     few = dict(index=np.arange(6), images=x.numpy()//16, path=np.array(['a']*6), cluster=np.zeros(6, int),
                second=np.ones(6, int), confidence=np.ones(6))
-    found = _caption_images(dict(examples=few, metrics={}))
+    found = _caption_images(dict(examples=few, metrics={}, folder=tmp_path))
     from base64 import b64decode
     from io import BytesIO
     shown = [np.asarray(Image.open(BytesIO(b64decode(found[i]['src'].split(',')[1])))) for i in range(6)]

@@ -129,7 +129,7 @@ def test_heads(gpu):
     heads, g = clustering(4).cluster_head, make_generator(0)
     for views in (None, torch.zeros(3, 12, 16), torch.zeros(3, 12, 16, device='cuda')):
         pick = _picker(z, views, z.mean(0), z.std(0), g)
-        run(_heads_step(heads, pick, near, 5., None, g))
+        run(_heads_step(heads, pick, near, 5., None, g, 'scan'))
 
 def test_losses(gpu, monkeypatch):
     logits, near = torch.zeros(3, 40, 5, device='cuda'), torch.zeros(40, 4, dtype=torch.int64, device='cuda')

@@ -68,7 +68,7 @@ def expected_fields(name):
     strong = stage == 'selflabel' or stage == 'scan' and not large
     options = dict(n_ops=4, cutout=length) if strong else {} if stage == 'pretext' and large else JITTER
     out = dict(data=data, test_data=data, n_clusters=classes, channels=None, size=crop, mean=tuple(mean),
-               std=tuple(std), backbone=net, backbone_options={}, n_networks=1, white=None,
+               std=tuple(std), backbone=net, backbone_options={}, n_networks=1, white=None, fit='crop',
                views='ours' if strong else 'simclr', views_options=options, optimizer=optimizer, lr=lr,
                momentum=momentum or .9, weight_decay=decay, nesterov=False, scheduler=schedule,
                lr_decay_rate=.1, lr_decay_epochs=(), epochs=epochs, batch_size=batch, seed=0,

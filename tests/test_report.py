@@ -1,5 +1,5 @@
 "The report, and what it is made of: right in what it shows, with and without labels, however far a run came."
-import base64, csv, html, io, json, os, re, shutil
+import base64, csv, html, io, os, re, shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from urllib.parse import unquote_to_bytes
@@ -15,10 +15,10 @@ from scan_nb.data import ImageSet, UserError, digits
 from scan_nb.evaluate import cluster_metrics, confusion, kmeans_baseline, label_free_metrics
 from scan_nb.recipe_files import load_stages
 from scan_nb.recipes import Recipe
-from scan_nb.report import (STAGE_NAMES, choose_images, compare, describe_classes, draw_confusion,
+from scan_nb.report import (_seal, STAGE_NAMES, choose_images, compare, describe_classes, draw_confusion,
                             draw_figures, draw_prototypes, find_oddities, read_examples, read_metrics,
                             save_examples, summarize, table_of_scores, write_report)
-from scan_nb.files import digest, write_clusters
+from scan_nb.files import write_clusters
 from scan_nb.page import SCRIPT
 from scan_nb.stages import run_pretext, run_scan, run_selflabel
 
@@ -47,8 +47,7 @@ def fake_run(folder, data, probabilities, points=None):
         notes=['Note <b>this</b>.'], skipped=[('a<b>.png', 'an empty file')],
         history={'pretext': rows, 'neighbors': [], 'heads': rows, 'scan': rows})
     if labels is not None: metrics |= {'classes': data.classes or [str(i) for i in range(data.n_classes)]}
-    sealed = metrics | dict(sha256=digest({'content': json.dumps(metrics)}))
-    (folder/'metrics.json').write_text(json.dumps(sealed))
+    (folder/'metrics.json').write_text(_seal(metrics))
     (folder/'recipe.yml').write_text('scan: {num_classes: 3, augmentation_kwargs: {flip_p: <i>0</i>}}\n')
     where = torch.arange(min(n, 50))
     features = data.images.flatten(1).float()
@@ -210,8 +209,7 @@ def test_page_of_many_clusters_stays_moderate(side, n_clusters, tmp_path):
     metrics['splits']['all'] |= dict(sizes=torch.bincount(clusters).tolist())
     metrics |= dict(images={'all': n}, sha256=None)
     del metrics['sha256']
-    sealed = metrics | dict(sha256=digest({'content': json.dumps(metrics)}))
-    (folder/'metrics.json').write_text(json.dumps(sealed))
+    (folder/'metrics.json').write_text(_seal(metrics))
     save_examples(folder, images, z, p, z[:1000, :2], torch.arange(1000), (z, torch.randint(n, (n, 5))))
     text = write_report(folder).read_text()
     assert 1e6 < len(text) < 10e6
@@ -220,7 +218,7 @@ def test_page_of_many_clusters_stays_moderate(side, n_clusters, tmp_path):
 
 class Many:
     "50,000 images, of which only those asked for take room."
-    labels = None
+    labels, facts = None, {}
     paths = ['a/long/way/to/the/picture.png']*50_000
     def __init__(self, few): self.few, self.images = few, self
     def __len__(self): return 50_000

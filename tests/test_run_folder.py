@@ -326,7 +326,7 @@ def test_a_folder_is_made_and_opened_again(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     assert begin('~/a/b') == begin(tmp_path/'a/b') == tmp_path/'a/b'
     asked = json.loads((tmp_path/'a/b/pretext/simclr/stage.json').read_text())
-    assert asked['pretext.epochs'] == 2 and asked['n_clusters'] == 3 and asked['device'] == 'cpu'
+    assert asked['pretext.epochs'] == 2 and 'n_clusters' not in asked and asked['device'] == 'cpu'
     assert asked['images']['all']['images'] == N and asked['start'] is None
     before = listing(tmp_path)
     begin(tmp_path/'a/b')
@@ -341,7 +341,7 @@ def test_all_stages_of_a_run_are_asked_at_once(tmp_path):
 
 @pytest.mark.parametrize('change, said', [
     (dict(temperature=.3), 'pretext.temperature: 0.1 → 0.3'), (dict(seed=1), r'\(seed: 0 → 1\)'),
-    (dict(n_clusters=4), 'n_clusters: 3 → 4'),
+    (dict(whiten=.5), 'pretext.whiten: 0.0 → 0.5'),
     (dict(views_options=dict(flip_p=0.)), 'pretext.views_options.flip_p: None → 0.0'),
     (dict(backbone_options=dict(widths=(4, 16))), r'backbone_options.widths: \[4, 8\] → \[4, 16\]'),
     (dict(epochs=3, lr=.5), 'pretext.epochs: 2 → 3|pretext.lr: 0.4 → 0.5')])
