@@ -26,6 +26,14 @@ def _count(text): # what --n-clusters is given -> a number, or 'auto'
     "Raises ValueError for anything else."
     return text if text == 'auto' else int(text)
 
+# %% ../nbs/13_cli.ipynb #e9e0e80d
+def _usual(args, name): # of a data set, or None for a folder
+    "The recipe of a run that names none."
+    from scan_nb.recipe_files import PAPER, PRESETS
+    from scan_nb.recipes import FROZEN
+    if args.embeddings: return FROZEN
+    return name if name in PRESETS and not (args.device.type == 'cpu' and name in PAPER) else 'folder'
+
 # %% ../nbs/13_cli.ipynb #92f98ab9
 def _recipe(args): # the Recipe of a run, with every option in it; what to call it, or None
     "The recipe that the words of a run ask for. Raises UserError for an unknown name or setting."
@@ -33,14 +41,12 @@ def _recipe(args): # the Recipe of a run, with every option in it; what to call 
     from scan_nb.datasets import dataset_name
     from scan_nb.frozen import find_features
     from scan_nb.recipe_files import PAPER, PRESETS, find_recipe
-    from scan_nb.recipes import FROZEN
     name, asked = dataset_name(args.source), args.features or args.recipe
-    if args.features and args.recipe: raise UserError('--features is a recipe: leave --recipe out.')
-    if args.features: find_features(args.features)
+    both = args.features and find_features(args.features) and args.recipe
+    if both: raise UserError('--features is a recipe: leave --recipe out.')
     if args.source == '' or not (args.source or args.embeddings):
         raise UserError('SOURCE is empty: name a folder or a data set.')
-    usual = name if name in PRESETS and not (args.device.type == 'cpu' and name in PAPER) else 'folder'
-    if args.embeddings: usual = FROZEN
+    usual = _usual(args, name)
     recipe = find_recipe(f'{name} {asked}' if f'{name} {asked}' in PRESETS else asked or usual, args.device)
     paper = PAPER.get(name) if args.features or usual == 'folder' and not asked else None
     change = dict(n_clusters=paper.n_clusters) if paper else {}
@@ -48,10 +54,9 @@ def _recipe(args): # the Recipe of a run, with every option in it; what to call 
         change |= dict(data=name, test_data=None if name == 'digits' else name)
     elif not name and recipe.data != args.source: change |= dict(data=args.source, test_data=args.source)
     if args.whole or args.embeddings: change['test_data'] = None
-    k = args.n_clusters if args.n_clusters != 'auto' else None
-    given = dict(n_clusters=k, seed=args.seed, size=args.size) | {
+    given = dict(n_clusters=args.n_clusters, seed=args.seed, size=args.size) | {
         'pretext.epochs': args.epochs, 'pretext.pretrained': args.weights}
-    change |= {name: value for name, value in given.items() if value is not None}
+    change |= {k: v for k, v in given.items() if v not in (None, 'auto')}
     if args.no_flip: change |= {f'{stage}.views_options.flip_p': 0 for stage in recipe.stages}
     return recipe.change(change | _settings(args.set)), asked or (usual if name and usual != name else None)
 
@@ -80,6 +85,7 @@ def _images(args, r, unlabeled=True): # r: of a stage or a run; unlabeled: those
     where = r.data, r.test_data, r.size, r.channels, args.env
     return load_splits(*where, args.bars, unlabeled, r.white, r.fit)
 
+# %% ../nbs/13_cli.ipynb #06942bdb
 def _run(args): # source and options
     "scan-nb run: the whole way, from images to a report."
     from scan_nb.datasets import dataset_name, describe
@@ -161,6 +167,7 @@ def _new_images(args, scan): # of predict; the model
     if not len(images): raise UserError('None of the files can be read as an image.')
     return ImageSet(images, paths=[p for p in map(str, files) if p not in dict(skipped)])
 
+# %% ../nbs/13_cli.ipynb #56846418
 def _predict(args): # run, files, out, device, names
     "scan-nb predict: the clusters of new images, as CSV on stdout or in a file."
     from scan_nb.data import UserError
@@ -297,7 +304,10 @@ OPTIONS = dict(   # for argparse
     seed=dict(type=int, metavar='S', help='another seed, another run (default: 0)'),
     epochs=dict(type=int, metavar='E', help='passes of the pretext task'),
     size=dict(type=int, metavar='PX', help='side of images from files (default: at most 96)'),
-    no_flip=dict(action='store_true', help='a mirror image means something else: digits, letters'),
+    no_flip=dict(action='store_true', help='a mirror image means something else: digits, letters'))
+
+# %% ../nbs/13_cli.ipynb #0b710252
+OPTIONS |= dict(   # of stages, and of what is done with a result
     config_exp=dict(metavar='YML', help='recipe: a file, one that ships, or the name of a preset'),
     config_env=dict(metavar='YML', default='configs/env.yml', help='where results go, and where data is'),
     device=dict(help='cpu, cuda, mps (default: the best there is)'),

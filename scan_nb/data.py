@@ -326,7 +326,7 @@ def is_gray(
     return image.mode in ('1', 'L', 'LA', 'La') or is_deep(image)
 
 LARGE = Lock()   # pictures that take much memory are decoded one at a time
-def in_turn(image): return LARGE if image.width*image.height > 2**24 else nullcontext()
+def _in_turn(image): return LARGE if image.width*image.height > 2**24 else nullcontext()
 
 # %% ../nbs/00_data.ipynb #2653d5a7
 def to_8bit(
@@ -374,7 +374,7 @@ def decode_image(
     "One file, resized with antialiasing to a square of `size`. Raises what Pillow raises."
     with open_picture(file) as image:
         if image is not file: image.draft(None, (4*size, 4*size))   # JPEG: skip what shrinking would remove
-        with in_turn(image):
+        with _in_turn(image):
             parts = min(image.size)//(4*size) if image.mode == 'RGBA' else 0
             image = upright_8bit(image.reduce(parts) if parts > 1 else image, white)
     image = image.convert('L' if channels == 1 else 'RGB')
@@ -487,7 +487,7 @@ def only_gray(
 ) -> bool:
     "Are the three channels equal in every pixel? Or can it not be read?"
     try:
-        with open_picture(file) as image, in_turn(image):
+        with open_picture(file) as image, _in_turn(image):
             if image is not file: image.draft(None, (256, 256))
             return bool((np.ptp(np.asarray(image.convert('RGB')), -1) == 0).all())
     except Exception: return True

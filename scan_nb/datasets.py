@@ -320,8 +320,7 @@ def image_folder(
     files = {f.relative_to(folder).as_posix(): f for f in find_images(folder)}
     names, table, whole = [*files], None if isinstance(labels, bool) else labels, split is splits is None
     chosen = names if whole else choose_split(names, split, table if splits is None else splits)
-    label_of = None if table is None else csv_labels(table, names)   # before decoding, which takes long
-    time_of = None if times is None else read_times(times, names, chosen)
+    label_of, time_of = table and csv_labels(table, names), times and read_times(times, names, chosen)
     some, shape = [files[n] for n in chosen], (size, channels, white, fit)
     data = read_folder(folder, [*files.values()], some, shape, cache_dir(cache), progress)
     y, classes = label_of or folder_labels(names, labels, data.skipped)
@@ -897,14 +896,13 @@ def load_splits(
     fit: str = 'crop',              # likewise
 ) -> dict[str, ImageSet]:           # 'all'; or 'train' and 'test', and perhaps 'pretext' for that task alone
     "The images of a run. Raises `UserError` when they are not to be had."
-    known = {dataset_name(k) or k: place for k, place in ((env or {}).get('data') or {}).items()}
+    known = {dataset_name(k) or k: v if isinstance(v, dict) else dict(root=v)
+             for k, v in ((env or {}).get('data') or {}).items()}
     def part(name, which, size, channels, white):
-        place = known.get(dataset_name(name) or name)
-        place = (place if isinstance(place, dict) else dict(root=place)) | _how(name, white, fit)
+        place = known.get(dataset_name(name) or name, {}) | _how(name, white, fit)
         return open_images(name, which, size, channels, place, progress)
-    shape = size, channels, white
-    if test_name is None: return {'all': part(name, 'all', *shape)}
-    train = part(name, 'train', *shape)
+    if test_name is None: return {'all': part(name, 'all', size, channels, white)}
+    train, shape = part(name, 'train', size, channels, white), (size, channels, white)
     c, h, _ = train.images.shape[1:]   # files of the test images are decoded like those
     test = part(test_name, 'test', *(shape if dataset_name(test_name) else (h, c, train.facts.get('white'))))
     if test is None: return {'all': train}

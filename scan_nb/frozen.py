@@ -165,6 +165,7 @@ def _arrays(file): # .npy, .npz or .parquet -> name: array
         return {'': found} if kind == '.npy' else dict(found)
     except Exception as e: raise UserError(f"'{file}' is damaged, or holds no numbers: save it anew.") from e
 
+# %% ../nbs/07a_frozen.ipynb #32140342
 def _pick_matrix(arrays, file): # name -> array; file: to name in an error
     "The one array with rows; of several that named embeddings or features; else number columns side by side."
     rows = {name: x for name, x in arrays.items() if x.ndim == 2 and x.dtype.kind in 'fiu'}

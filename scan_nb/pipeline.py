@@ -30,6 +30,22 @@ from .sources import as_image_set, holds_pictures
 from .stages import estimate_seconds, run_stages
 from .training import pick_device
 
+# %% ../nbs/12b_scan.ipynb #40190ff4
+def _given(source, dim): # an ImageSet with N×dim features
+    data = source if getattr(source, 'embeddings', None) is not None else add_features(source)
+    if (d := data.embeddings.shape[1]) == dim: return data
+    raise UserError(f'There are {d} features of each image, but {dim} are needed: use the same network.')
+
+# %% ../nbs/12b_scan.ipynb #6fd2a2e9
+def _say_estimate(recipe, images, device): # what a run will take, on stderr
+    minutes = {name: seconds/60 for name, seconds in estimate_seconds(recipe, images, device).items()}
+    parts = ', '.join(f'{name} {m:.0f}' for name, m in minutes.items() if m >= 1)
+    total = max(1, math.ceil(sum(minutes.values())))
+    slow = total > 10 and recipe.pretext.setup != 'frozen' and next(iter(images.values())).paths
+    hint = ' For photographs, --features dinov2 (in Python recipe="dinov2") takes minutes.'*bool(slow)
+    print(f"About {total} minute{'s'*(total > 1)} on {device.type}{f' ({parts})'*bool(parts)}.{hint}",
+          file=sys.stderr, flush=True)
+
 # %% ../nbs/12b_scan.ipynb #12b0000b
 class SCAN:
     "Images to clusters, with scikit-learn's conventions; labels are never asked for (SCAN, figure 2)."
@@ -68,14 +84,14 @@ class SCAN:
         shape, how['white'] = list(data.images.shape[1:]), data.facts.get('white', recipe.white)
         splits = {'all' if test is None else 'train': data}
         if test is not None:
-            splits['test'] = self._fitting(test, shape, **how) if z is None else self._given(test, z.shape[1])
+            splits['test'] = self._fitting(test, shape, **how) if z is None else _given(test, z.shape[1])
         if pretext is not None: splits['pretext'] = self._fitting(pretext, shape, **how)
         splits = share_classes(splits)
         recipe = Recipe.for_images(data, device, recipe)
         new = progress and place()[1] == 1 and not (out and any(out.glob('**/checkpoint*')))
         auto, self.suggestion_ = self.n_clusters == 'auto', None
         outcomes = run_stages(recipe, splits, out, device=device, progress=progress,
-                              ready=(lambda: self._say_estimate(recipe, splits, device)) if new else None,
+                              ready=(lambda: _say_estimate(recipe, splits, device)) if new else None,
                               count=self._suggest if auto else None)
         if auto: recipe = recipe.change({'n_clusters': self.suggestion_.n_clusters})
         self.metrics_ = summarize(outcomes, splits, out, device, report=True)
@@ -180,15 +196,10 @@ class SCAN:
     def _look(self, images): # an ImageSet of the right shape, and what the model sees of it
         self._check_fitted()
         if [*self._parts.values()][-1].backbone.startswith('matrix:'):
-            data = self._given(images, self.model_.backbone.dim)
+            data = _given(images, self.model_.backbone.dim)
             return data, data.embeddings
         data = self._fitting(images, self.shape_, white=self.white_, fit=self.fit_)
         return data, center_crop(data.images, [*self._parts.values()][-1].size or min(self.shape_[1:]))
-
-    def _given(self, source, dim): # an ImageSet with N×dim features
-        data = source if getattr(source, 'embeddings', None) is not None else add_features(source)
-        if (d := data.embeddings.shape[1]) == dim: return data
-        raise UserError(f'There are {d} features of each image, but {dim} are needed: use the same network.')
 
     def _labeled(self, data, labels): # the data with other labels
         return replace(data, labels=labels, classes=None)
@@ -203,15 +214,6 @@ class SCAN:
         is_, wanted = ('×'.join(map(str, v)) for v in (data.images.shape[1:], shape))
         if is_ == wanted: return data
         raise UserError(f'The images are {is_}, but {wanted} (channels×height×width) is needed: convert.')
-
-    def _say_estimate(self, recipe, images, device): # what a run will take, on stderr
-        minutes = {name: seconds/60 for name, seconds in estimate_seconds(recipe, images, device).items()}
-        parts = ', '.join(f'{name} {m:.0f}' for name, m in minutes.items() if m >= 1)
-        total = max(1, math.ceil(sum(minutes.values())))
-        slow = total > 10 and recipe.pretext.setup != 'frozen' and next(iter(images.values())).paths
-        hint = ' For photographs, --features dinov2 (in Python recipe="dinov2") takes minutes.'*bool(slow)
-        print(f"About {total} minute{'s'*(total > 1)} on {device.type}{f' ({parts})'*bool(parts)}.{hint}",
-              file=sys.stderr, flush=True)
 
     def _suggest(self, outcome): # of the pretext task -> a number of clusters
         self.suggestion_ = suggest_n_clusters(outcome.embeddings, outcome.neighbors, seed=outcome.recipe.seed,

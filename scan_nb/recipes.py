@@ -149,6 +149,15 @@ NOT_TRAINED = 'frozen:', 'matrix:'   # a network that others trained, features t
 SHARED = {'data', 'test_data', 'n_clusters', 'channels', 'size', 'white', 'fit', 'mean', 'std', 'backbone',
           'n_networks', 'backbone_options', 'prior', 'seed', 'precision', 'compile'}   # of all at once
 
+# %% ../nbs/11_recipes.ipynb #16193b35
+def _check_frozen(r): # of a pretext task that is not trained
+    if r.n_networks > 1 or not r.backbone.startswith(NOT_TRAINED):
+        raise UserError('The setup frozen needs one network, a backbone frozen:NAME: see `frozen_recipe`.')
+
+def _check_colors(r): # of any stage
+    if (r.mean is None) != (r.std is None) or r.mean is not None and len(r.mean) != len(r.std):
+        raise UserError(f'mean is {r.mean} and std is {r.std}: give one of each per channel, or neither.')
+
 # %% ../nbs/11_recipes.ipynb #fd7b146f
 def _check_backbone(options): # as in a recipe
     "Raises UserError for an option that small_resnet does not have, or a value that makes no network."
@@ -167,10 +176,8 @@ def _check_together(recipe): # of a stage, each setting checked
         raise UserError(f'n_networks is {r.n_networks}, and more_views has {len(more)} settings of views: '
                         'give one less than there are networks.')
     if not r.backbone.startswith('timm:'): _check_backbone(r.backbone_options)
-    if getattr(r, 'setup', '') == 'frozen' and (r.n_networks > 1 or not r.backbone.startswith(NOT_TRAINED)):
-        raise UserError('The setup frozen needs one network, a backbone frozen:NAME: see `frozen_recipe`.')
-    if (r.mean is None) != (r.std is None) or r.mean is not None and len(r.mean) != len(r.std):
-        raise UserError(f'mean is {r.mean} and std is {r.std}: give one of each per channel, or neither.')
+    if getattr(r, 'setup', '') == 'frozen': _check_frozen(r)
+    _check_colors(r)
     n = len(r.mean or ())
     if n > MAX_CHANNELS or r.mean is not None and n != (r.channels or n or 1):
         raise UserError(f'mean and std have {n} values: give one per channel.')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'STAGE_NAMES', 'SCORES', 'EARLY', 'choose_images', 'find_oddities', 'describe_classes', 'save_examples',
-           'compare', 'summarize', 'read_metrics', 'save_suggestion', 'read_examples', 'names_of_run', 'draw_figures',
-           'draw_confusion', 'draw_prototypes', 'table_of_scores', 'write_report']
+           'compare', 'summarize', 'read_metrics', 'read_examples', 'names_of_run', 'draw_figures', 'draw_confusion',
+           'draw_prototypes', 'table_of_scores', 'write_report']
 
 # %% ../nbs/12a_report.ipynb #595033f8
 import io, json, os
@@ -303,6 +303,7 @@ def read_metrics(
     "All numbers of a run. Raises UserError when it is not finished, or the file is damaged."
     return _read_file(folder, 'metrics.json', _unseal)
 
+# %% ../nbs/12a_report.ipynb #432c1f0a
 def save_suggestion(
     folder: str | Path,      # of a run
     suggestion: Suggestion,  # how many clusters it should have

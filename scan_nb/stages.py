@@ -207,19 +207,21 @@ class Stage:
         if self.folder: self.say(f"{self.name} result: {self.path/'model.pth.tar'}")
         return found
 
+# %% ../nbs/12_stages.ipynb #f0ec65e8
+def _find_features(stage): # a model that others trained, on the device
+    "A frozen network, the published MoCo v2, or none, where features came as a matrix. Raises UserError."
+    (kind, _, name), r = stage.recipe.backbone.partition(':'), stage.recipe
+    model = stage.model() if r.setup == 'frozen' else load_moco_v2(r.pretrained)
+    if kind == 'frozen': load_frozen(model.backbone, name, r.pretrained)
+    what = {'frozen': f'features of {name}, which others trained', 'matrix': 'features from elsewhere'}
+    stage.note('pretext', [], True, what.get(kind) or f"the weights of '{Path(r.pretrained).name}'", 0.)
+    return tune(model.to(stage.device), r.precision)
+
 # %% ../nbs/12_stages.ipynb #1200002a
 def _learn_features(stage): # a trained ContrastiveModel, on the device
     "SimCLR or MoCo (SCAN, section 2.1), or the published MoCo v2. Raises UserError when that is missing."
     r, data, nets = stage.recipe, stage.images.get('pretext', stage.data), []
-    if r.setup == 'frozen':
-        (kind, _, name), model = r.backbone.partition(':'), stage.model()
-        if kind == 'frozen': load_frozen(model.backbone, name, r.pretrained)
-        what = f'features of {name}, which others trained' if kind == 'frozen' else 'features from elsewhere'
-        stage.note('pretext', [], True, what, 0.)
-        return tune(model.to(stage.device), r.precision)
-    if r.pretrained:
-        stage.note('pretext', [], True, f"the weights of '{Path(r.pretrained).name}'", 0.)
-        return tune(load_moco_v2(r.pretrained).to(stage.device), r.precision)
+    if r.setup == 'frozen' or r.pretrained: return _find_features(stage)
     normalize, trainer = make_normalize(r, images=data.images), TRAINERS[r.setup]
     queue = {} if r.setup == 'simclr' else dict(queue_size=r.queue_size, key_momentum=r.key_momentum)
     for step, options in zip(('pretext', 'pretext2'), (r.views_options, *r.more_views)):
@@ -401,6 +403,14 @@ def run_stages(
         if folder: found[-1].write_top(every[0].folder, stages)
     return found
 
+# %% ../nbs/12_stages.ipynb #d5b60d6a
+def _seconds_of(work): # a function
+    "The second time: the first may compile or allocate."
+    for _ in range(2):
+        start = time.monotonic()
+        work()
+    return time.monotonic() - start
+
 # %% ../nbs/12_stages.ipynb #1200004b
 def estimate_seconds(
     recipe: Recipe,               # complete, see `Recipe.for_images`
@@ -408,25 +418,19 @@ def estimate_seconds(
     device: str|torch.device = 'cpu',  # where it is trained
 ) -> dict[str, float]:            # step -> seconds
     "What a run will take. SCAN and self-labelling also pass two views of an image through the network."
-    def seconds_of(work):   # the second time: the first may compile or allocate
-        for _ in range(2):
-            start = time.monotonic()
-            work()
-        return time.monotonic() - start
     r, s, stage = recipe.pretext, recipe.scan, Stage(recipe.pretext, images, device=device)
     n, few, g = len(stage.data), min(len(stage.data), 4096), make_generator(0)
-    frozen = r.setup == 'frozen'
-    part, trainer = stage.data.images[:32 if frozen else 3*r.batch_size], TRAINERS.get(r.setup)
+    frozen, trainer = r.setup == 'frozen', TRAINERS.get(r.setup)
+    part = stage.data.images[:32 if frozen else 3*r.batch_size]
     model = make_model(r, stage.shape, make_normalize(r, images=part), n_networks=1).to(stage.device)
     def step(): return embed(model, part) if frozen else trainer(
         tune(model, r.precision), part, stage.views(), epochs=1, batch_size=r.batch_size, lr=0.)
-    given = stage.data.embeddings is not None
-    epoch = 0. if given else r.n_networks*n/len(part)*seconds_of(step)
+    epoch = 0. if stage.data.embeddings is not None else r.n_networks*n/len(part)*_seconds_of(step)
     z = torch.randn(few, r.n_networks*model.backbone.dim, generator=g).to(stage.device)
     k, power = min(r.n_neighbors, few - 1), 2 if r.index == 'exact' else 1
     near = torch.randint(few, (few, k), generator=g).to(stage.device)
-    mining = seconds_of(lambda: mine_neighbors(z, k, r.index).cpu())*(n/few)**power
-    heads = seconds_of(lambda: train_heads(z, near, s.n_clusters, n_heads=s.tried_heads, epochs=1))*n/few
+    mining = _seconds_of(lambda: mine_neighbors(z, k, r.index).cpu())*(n/few)**power
+    heads = _seconds_of(lambda: train_heads(z, near, s.n_clusters, n_heads=s.tried_heads, epochs=1))*n/few
     ready = r.pretrained and not frozen
     return dict(pretext=epoch*r.epochs*(not ready), neighbors=mining, heads=heads*s.heads_epochs) | {
         name: epoch*q.epochs for name, q in recipe.stages.items() if name != 'pretext'}
