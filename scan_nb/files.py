@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'writing', 'write_text', 'do_each', 'write_clusters', 'read_clusters', 'folder_name', 'read_names',
-           'cluster_names', 'rename_clusters', 'digest', 'read_array', 'read_json', 'without_itself', 'parse_yaml',
-           'alone_in']
+           'cluster_names', 'rename_clusters', 'digest', 'read_array', 'read_json', 'seal', 'unseal', 'without_itself',
+           'parse_yaml', 'alone_in']
 
 # %% ../nbs/03b_files.ipynb #5c416ec9
 import csv, io, json, re, unicodedata
@@ -192,6 +192,21 @@ def read_json(
     try: return dict(json.loads(file.read_bytes()))
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f"'{file}' is missing or damaged: put back a copy, or take another folder.") from e
+
+# %% ../nbs/03b_files.ipynb #a3dd12d6
+def seal(
+    content: dict, # plain values by name
+) -> str:          # JSON, with a checksum as its last value
+    "Whoever reads it by `unseal` notices another bit."
+    return json.dumps(content | dict(sha256=digest({'content': json.dumps(content)})), indent=1)
+
+def unseal(
+    raw: bytes,    # what `seal` gave
+) -> dict:         # the content
+    "Raises ValueError, KeyError, TypeError or AttributeError for anything else."
+    found = json.loads(raw)
+    if found.pop('sha256') == digest({'content': json.dumps(found)}): return found
+    raise ValueError('not what was written')
 
 # %% ../nbs/03b_files.ipynb #e828ae70
 def without_itself(

@@ -8,7 +8,7 @@ __all__ = ['SHOWN', 'STAGE_NAMES', 'SCORES', 'EARLY', 'choose_images', 'find_odd
            'draw_prototypes', 'table_of_scores', 'write_report']
 
 # %% ../nbs/12a_report.ipynb #595033f8
-import io, json, os
+import io, os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,8 @@ from .n_clusters import Suggestion, plot_suggestion
 from .neighbors import center_crop, embed
 from .neighbors_fast import score_neighbors
 from .recipes import _flat
-from .files import (cluster_names, digest, do_each, parse_yaml, rename_clusters, write_clusters,
-                           write_text, writing)
+from .files import (cluster_names, digest, do_each, parse_yaml, rename_clusters, seal, unseal,
+                           write_clusters, write_text, writing)
 from .page import _data_uri, _false_colors, _picture, _shrink, _small, _thumbnail, render_page
 from .run_folder import Outcome, find_sources
 from .scan import logits_of
@@ -143,13 +143,15 @@ def _kmeans(outcomes, splits, device): # baseline -> split -> int32
     r, first, limit, found = outcomes[-1].recipe, next(iter(splits)), 2**29, {}
     some = {k: _spread(len(v), max(1000, limit//v.images[0].numel())) for k, v in splits.items()}
     fitted, known = _spread(len(splits[first]), 10_000), outcomes[0].features(first)
+    there = {k for k, v in splits.items() if len(known.get(k, ())) == len(v)}
+    pretext = outcomes[0].load(device) if splits.keys() - there else None
     def pixels(split, rows): # of larger images 32×32
         x = splits[split].images
         return _small(x, rows, 32 if x.shape[-1] > 96 else 96)
     def features(split, rows):
-        if len(z := known.get(split, ())) == len(splits[split]): return z[rows]
+        if split in there: return known[split][rows]
         x = splits[split].images[rows]
-        return embed(outcomes[0].load(device), center_crop(x, r.size or min(x.shape[2:])))
+        return embed(pretext, center_crop(x, r.size or min(x.shape[2:])))
     for see in (pixels, features)[splits[first].facts.get('blank', 0):]:   # features alone
         every = torch.cat([see(*part) for part in some.items()])
         x, like = see(first, fitted), dict(normalize=see is features, on=every)
@@ -257,17 +259,6 @@ def summarize(
     if folder: _write_results(Path(folder), metrics, splits, p, features, found | dict(o=outcomes[0]), report)
     return metrics
 
-# %% ../nbs/12a_report.ipynb #5ea15ea1
-def _seal(content): # plain values by name -> JSON with a checksum
-    "Whoever reads it again notices another bit."
-    return json.dumps(content | dict(sha256=digest({'content': json.dumps(content)})), indent=1)
-
-def _unseal(raw): # what `_seal` gave, as bytes -> the content
-    "Raises ValueError, KeyError or TypeError for anything else."
-    found = json.loads(raw)
-    if found.pop('sha256') == digest({'content': json.dumps(found)}): return found
-    raise ValueError('not what was written')
-
 # %% ../nbs/12a_report.ipynb #12a00012
 def _write_results(folder, metrics, splits, p, features, found, report): # p: probabilities by split
     "clusters.csv (and one for held-out images), metrics.json, examples.npz: one that fails costs no other."
@@ -280,7 +271,7 @@ def _write_results(folder, metrics, splits, p, features, found, report): # p: pr
                     splits[name], v) for name, v in p.items()]
     shown = splits[first], features, p.get(first), found['points'], found['index']
     near = found['o'].embeddings, found['o'].neighbors   # of the first outcome
-    jobs += [partial(write_text, folder/'metrics.json', _seal(metrics)),
+    jobs += [partial(write_text, folder/'metrics.json', seal(metrics)),
              partial(save_examples, folder, *shown, near)]
     if report and not place()[0]: jobs.append(partial(write_report, folder))
     do_each(jobs)
@@ -301,7 +292,7 @@ def read_metrics(
     folder: str | Path,  # a finished run folder
 ) -> dict:               # metrics.json
     "All numbers of a run. Raises UserError when it is not finished, or the file is damaged."
-    return _read_file(folder, 'metrics.json', _unseal)
+    return _read_file(folder, 'metrics.json', unseal)
 
 # %% ../nbs/12a_report.ipynb #432c1f0a
 def save_suggestion(
@@ -309,7 +300,7 @@ def save_suggestion(
     suggestion: Suggestion,  # how many clusters it should have
 ) -> None:
     "Write `suggestion.json`, which the report draws."
-    write_text(Path(folder).expanduser()/'suggestion.json', _seal(suggestion._asdict()))
+    write_text(Path(folder).expanduser()/'suggestion.json', seal(suggestion._asdict()))
 
 # %% ../nbs/12a_report.ipynb #45875c0f
 def read_examples(
@@ -317,7 +308,7 @@ def read_examples(
 ) -> dict:               # folder, recipe, metrics, examples (arrays)
     "The files that a report is made of. Raises UserError when one is missing or damaged."
     folder, name = Path(folder).expanduser(), 'suggestion.json'
-    suggestion = Suggestion(**_read_file(folder, name, _unseal)) if (folder/name).exists() else None
+    suggestion = Suggestion(**_read_file(folder, name, unseal)) if (folder/name).exists() else None
     return dict(metrics=read_metrics(folder), folder=folder, suggestion=suggestion,
                 recipe=_read_file(folder, 'recipe.yml', lambda raw: dict(parse_yaml(raw.decode()))),
                 examples=_read_file(folder, 'examples.npz', lambda raw: dict(np.load(io.BytesIO(raw)))))

@@ -10,8 +10,8 @@ import errno, filecmp, json, os, shutil, unicodedata
 from contextlib import suppress
 from pathlib import Path
 from .data import UserError
-from .files import (_alike, alone_in, cluster_names, digest, folder_name, read_clusters, read_json,
-                           write_text)
+from .files import (_alike, alone_in, cluster_names, folder_name, read_clusters, read_json, seal,
+                           unseal, write_text)
 from .report import read_metrics
 from .run_folder import find_sources
 
@@ -71,15 +71,12 @@ def _targets(files, folders, to): # path -> cluster; K; gives path -> target ins
 # %% ../nbs/12c_sort.ipynb #79b67663
 PLAN = 'sorted.json'
 
-def _seal(plan): return digest({'plan': json.dumps(plan)})
-
 # %% ../nbs/12c_sort.ipynb #48e98598
 def _read_plan(to): # None: there is none
     if not (to/PLAN).is_file(): return None
-    plan = read_json(to/PLAN)
-    known = plan.pop('sha256', None)
-    if known == _seal(plan): return plan
-    raise UserError(f"'{to/PLAN}' is damaged: put back a good copy.")
+    try: return unseal((to/PLAN).read_bytes())
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"'{to/PLAN}' is damaged: put back a good copy.") from e
 
 # %% ../nbs/12c_sort.ipynb #7196dd75
 def _make_plan(how, files, folders, to, run): # of `sort_files`
@@ -224,7 +221,7 @@ def sort_files(
         raise UserError(f"The tables of '{run}' are of another run: run it again.")
     plan = _checked(how, files, folders, to) or _make_plan(how, files, folders, to, Path(run).expanduser())
     with alone_in(to):
-        if not (to/PLAN).is_file(): write_text(to/PLAN, json.dumps(plan | dict(sha256=_seal(plan))))
+        if not (to/PLAN).is_file(): write_text(to/PLAN, seal(plan))
         elif _read_plan(to) != plan: raise UserError(f"Another process has sorted into '{to}': run again.")
         _note(plan['run'], to, True)
         for folder in {os.path.dirname(new) for _, new in plan['files']}: (to/folder).mkdir(exist_ok=True)

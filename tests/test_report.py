@@ -15,10 +15,10 @@ from scan_nb.data import ImageSet, UserError, digits
 from scan_nb.evaluate import cluster_metrics, confusion, kmeans_baseline, label_free_metrics
 from scan_nb.recipe_files import load_stages
 from scan_nb.recipes import Recipe
-from scan_nb.report import (_seal, STAGE_NAMES, choose_images, compare, describe_classes, draw_confusion,
+from scan_nb.report import (STAGE_NAMES, choose_images, compare, describe_classes, draw_confusion,
                             draw_figures, draw_prototypes, find_oddities, read_examples, read_metrics,
                             save_examples, summarize, table_of_scores, write_report)
-from scan_nb.files import write_clusters
+from scan_nb.files import seal, write_clusters
 from scan_nb.page import SCRIPT
 from scan_nb.stages import run_pretext, run_scan, run_selflabel
 
@@ -47,7 +47,7 @@ def fake_run(folder, data, probabilities, points=None):
         notes=['Note <b>this</b>.'], skipped=[('a<b>.png', 'an empty file')],
         history={'pretext': rows, 'neighbors': [], 'heads': rows, 'scan': rows})
     if labels is not None: metrics |= {'classes': data.classes or [str(i) for i in range(data.n_classes)]}
-    (folder/'metrics.json').write_text(_seal(metrics))
+    (folder/'metrics.json').write_text(seal(metrics))
     (folder/'recipe.yml').write_text('scan: {num_classes: 3, augmentation_kwargs: {flip_p: <i>0</i>}}\n')
     where = torch.arange(min(n, 50))
     features = data.images.flatten(1).float()
@@ -209,7 +209,7 @@ def test_page_of_many_clusters_stays_moderate(side, n_clusters, tmp_path):
     metrics['splits']['all'] |= dict(sizes=torch.bincount(clusters).tolist())
     metrics |= dict(images={'all': n}, sha256=None)
     del metrics['sha256']
-    (folder/'metrics.json').write_text(_seal(metrics))
+    (folder/'metrics.json').write_text(seal(metrics))
     save_examples(folder, images, z, p, z[:1000, :2], torch.arange(1000), (z, torch.randint(n, (n, 5))))
     text = write_report(folder).read_text()
     assert 1e6 < len(text) < 10e6

@@ -7,8 +7,7 @@ import pytest, torch
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 from scan_nb import sort
 from scan_nb.data import ImageSet, UserError
-from scan_nb.report import _seal
-from scan_nb.files import (alone_in, cluster_names, folder_name, read_clusters, read_names,
+from scan_nb.files import (alone_in, cluster_names, folder_name, read_clusters, read_names, seal,
                            rename_clusters, write_clusters)
 from scan_nb.recipe_files import to_yaml
 from scan_nb.recipes import ScanRecipe
@@ -22,7 +21,7 @@ def make_run(folder, source, clusters, n_clusters=3, labels=None):
     sizes = [[*clusters.values()].count(k) for k in range(n_clusters)]
     metrics = dict(fitted_on='all', splits={'all': dict(sizes=sizes)})
     if labels: metrics['names'] = labels
-    (folder/'metrics.json').write_text(_seal(metrics))
+    (folder/'metrics.json').write_text(seal(metrics))
     images = ImageSet(torch.zeros(len(clusters), 1, 2, 2).byte(), paths=[*clusters])
     text = write_clusters(images, torch.eye(n_clusters)[[*clusters.values()]], labels)
     (folder/'clusters.csv').write_bytes(text.encode(errors='surrogateescape'))
