@@ -27,14 +27,16 @@ pytestmark = [pytest.mark.usefixtures('one_thread'),
               pytest.mark.filterwarnings('ignore:Accessing the data pointer of FakeTensor')]   # deepcopy does
 
 class FakeGPU(FakeTensorMode):
-    "Fake is what was put on the GPU, and what is computed from it."
+    "Fake is what was put on the GPU, and what is computed from it; zeros come back from there."
     def __init__(self):
         super().__init__(allow_non_fake_inputs=True)
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         leaves = tree_leaves((args, kwargs or {}))
         there = any(isinstance(v, torch.device) and v.type == 'cuda' for v in leaves)
         if there or any(isinstance(v, FakeTensor) for v in leaves):
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            found = super().__torch_dispatch__(func, types, args, kwargs)
+            if type(found) is torch.Tensor: found.zero_()   # brought to the CPU: memory nobody has filled
+            return found
         with unset_fake_temporarily(): return func(*args, **(kwargs or {}))
 
 @pytest.fixture
