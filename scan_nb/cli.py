@@ -54,7 +54,7 @@ def _recipe(args): # the Recipe of a run, with every option in it; what to call 
         change |= dict(data=name, test_data=None if name == 'digits' else name)
     elif not name and recipe.data != args.source: change |= dict(data=args.source, test_data=args.source)
     if args.whole or args.embeddings: change['test_data'] = None
-    given = dict(n_clusters=args.n_clusters, seed=args.seed, size=args.size) | {
+    given = dict(n_clusters=args.n_clusters, seed=args.seed, size=args.size, kind=args.kind) | {
         'pretext.epochs': args.epochs, 'pretext.pretrained': args.weights}
     change |= {k: v for k, v in given.items() if v not in (None, 'auto')}
     if args.no_flip: change |= {f'{stage}.views_options.flip_p': 0 for stage in recipe.stages}
@@ -65,6 +65,14 @@ def _say(*texts): # lines
     "On stdout, in the first process."
     from scan_nb.distributed import place
     if not place()[0]: print(*texts, sep='\n', flush=True)
+
+# %% ../nbs/13_cli.ipynb #e192eb1a
+def _said(recipe, images, device): # images: by split
+    "The kind of pictures, where a look at them decides."
+    if recipe.kind != 'auto': return
+    from scan_nb.recipes import choices
+    kind, why = choices(recipe.stages, next(iter(images.values())), device)['kind']
+    yield f"Views: as for {kind}, since {why}; --kind says otherwise."
 
 # %% ../nbs/13_cli.ipynb #daee33e9
 def _say_scores(metrics): # metrics.json of a run
@@ -100,7 +108,7 @@ def _run(args): # source and options
     name, auto = '-'.join(filter(None, words)).replace(':', '-'), args.n_clusters == 'auto'
     out = args.out or f"runs/{name.replace(' ', '-')}"
     scan = SCAN('auto' if auto else None, recipe=r, device=args.device, out=out, progress=True)
-    _say(*describe(images), f'Results: {scan.out}')
+    _say(*describe(images), *_said(r, images, args.device), f'Results: {scan.out}')
     if not (args.n_clusters or args.recipe or args.set or dataset_name(args.source)):
         _say(f'{r.n_clusters} clusters are a guess: give --n-clusters K, or --n-clusters auto.')
     scan.fit(next(iter(images.values())), test=images.get('test'), pretext=images.get('pretext'))
@@ -304,6 +312,8 @@ OPTIONS = dict(   # for argparse
     seed=dict(type=int, metavar='S', help='another seed, another run (default: 0)'),
     epochs=dict(type=int, metavar='E', help='passes of the pretext task'),
     size=dict(type=int, metavar='PX', help='side of images from files (default: at most 96)'),
+    kind=dict(metavar='NAME', help='of pictures: photographs, handwriting, silhouettes, all-sky, microscopy '
+              '(default: by a look at them)'),
     no_flip=dict(action='store_true', help='a mirror image means something else: digits, letters'))
 
 # %% ../nbs/13_cli.ipynb #0b710252
@@ -334,8 +344,8 @@ OPTIONS |= {   # of sort, and names of clusters
 # %% ../nbs/13_cli.ipynb #7cef8843
 COMMANDS = {   # what it does, in words and in code; its words (? optional) and options (! needed)
     'run': ('cluster images: from a source to a run folder with a report', _run, 'source? --recipe '
-            '--features --weights --embeddings --n-clusters --out --whole --seed --epochs --size --no-flip '
-            '--config_env --device --set'),
+            '--features --weights --embeddings --n-clusters --out --whole --seed --epochs --size --kind '
+            '--no-flip --config_env --device --set'),
     'simclr': ('learn features with SimCLR, then mine neighbors', _stage, STAGE := (
         '--config_exp! --config_env --device --set')),
     'moco': ('learn features with MoCo, then mine neighbors', _stage, STAGE),

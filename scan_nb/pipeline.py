@@ -41,7 +41,8 @@ def _say_estimate(recipe, images, device): # what a run will take, on stderr
     minutes = {name: seconds/60 for name, seconds in estimate_seconds(recipe, images, device).items()}
     parts = ', '.join(f'{name} {m:.0f}' for name, m in minutes.items() if m >= 1)
     total = max(1, math.ceil(sum(minutes.values())))
-    slow = total > 10 and recipe.pretext.setup != 'frozen' and next(iter(images.values())).paths
+    photos = recipe.pretext.setup != 'frozen' and recipe.kind == 'photographs'
+    slow = total > 10 and photos and next(iter(images.values())).paths
     hint = ' For photographs, --features dinov2 (in Python recipe="dinov2") takes minutes.'*bool(slow)
     print(f"About {total} minute{'s'*(total > 1)} on {device.type}{f' ({parts})'*bool(parts)}.{hint}",
           file=sys.stderr, flush=True)

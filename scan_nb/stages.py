@@ -152,7 +152,7 @@ class Stage:
         return z if z.ndim == 2 else embed(model, z)
     def views(self, options=None):
         options = self.recipe.views_options if options is None else options
-        return make_views(self.recipe.views, self.size, options)
+        return make_views(self.recipe.views, self.size, options, self.recipe.kind)
 
     def watch(self, model): # function(epoch) -> accuracy; of a pretext task that of neighbors, five times
         data, epochs, labels = self.data, self.recipe.epochs, self.data.labels
@@ -249,7 +249,7 @@ def find_pairs(
     "Nearest neighbors as the recipe asks: of images or views, whitened, across time, mutual (SCAN, 2.2)."
     r, size, views = recipe, recipe.size or min(data.images.shape[2:]), {}
     if r.n_views:
-        views = dict(augment=make_views(r.views, size, r.views_options), n_views=r.n_views,
+        views = dict(augment=make_views(r.views, size, r.views_options, r.kind), n_views=r.n_views,
                      generator=make_generator(r.seed, device))
     if embeddings is None: embeddings = embed(model, center_crop(data.images, size), **views)
     times = data.times if r.time_window else None

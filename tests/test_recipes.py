@@ -69,8 +69,9 @@ def expected_fields(name):
     options = dict(n_ops=4, cutout=length) if strong else {} if stage == 'pretext' and large else JITTER
     out = dict(data=data, test_data=data, n_clusters=classes, channels=None, size=crop, mean=tuple(mean),
                std=tuple(std), backbone=net, backbone_options={}, n_networks=1, white=None, fit='crop',
-               views='ours' if strong else 'simclr', views_options=options, optimizer=optimizer, lr=lr,
-               momentum=momentum or .9, weight_decay=decay, nesterov=False, scheduler=schedule,
+               kind='photographs', views='ours' if strong else 'simclr', views_options=options,
+               optimizer=optimizer, lr=lr, momentum=momentum or .9, weight_decay=decay,
+               nesterov=False, scheduler=schedule,
                lr_decay_rate=.1, lr_decay_epochs=(), epochs=epochs, batch_size=batch, seed=0,
                precision='bf16', compile=False)
     own = dict(
@@ -105,7 +106,7 @@ def test_features_of_all_of_imagenet_are_those_of_its_subsets():
 
 def everywhere(**shared): return {f'{stage}.{name}': v for stage in PARTS for name, v in shared.items()}
 
-OURS = everywhere(backbone='small_resnet', epochs=None) | {   # where a folder differs from the defaults
+OURS = everywhere(backbone='small_resnet', epochs=None, kind='auto') | {   # where a folder differs
     'pretext.lr': .1, 'pretext.lr_decay_rate': 0, 'pretext.batch_size': 256, 'pretext.temperature': .5,
     'pretext.warmup': .05, 'pretext.queue_size': 1024, 'pretext.key_momentum': .995,
     'pretext.n_neighbors': None, 'scan.scheduler': 'cosine', 'scan.lr_decay_rate': 0, 'scan.heads_epochs': 80,
@@ -116,13 +117,13 @@ CLOTHES = dict(scale=(.5, 1.1), ratio=(.95, 1.05), rotation=9, brightness=.6, co
 PARTLY = CLOTHES | dict(scale=(.65, 1.15), ratio=(.9, 1.1), erase=11, tint_p=.8, strip_p=.5)
 SKY = dict(scale=(.4, 1), ratio=(.9, 1.1), jitter_p=.8, brightness=.4, contrast=.4, saturation=0, hue=0,
            gray_p=0, rotation=180, disc=True)
-FASHION = OURS | everywhere(data='fashion-mnist', test_data='fashion-mnist') | {
-    'pretext.views_options': CLOTHES, 'pretext.temperature': .2, 'pretext.batch_size': 512, 'pretext.lr': .2,
+FASHION = OURS | everywhere(data='fashion-mnist', test_data='fashion-mnist', kind='silhouettes') | {
+    'pretext.temperature': .2, 'pretext.batch_size': 512, 'pretext.lr': .2,
     'scan.batch_size': 512, 'scan.heads_epochs': 15}
 OWN = {   # preset: where it differs from the defaults
     'folder': OURS, 'fashion-mnist': FASHION,
     'digits': OURS | everywhere(data='digits', backbone_options=dict(widths=(32, 64, 128)),
-                                views='simclr', views_options=DIGITS, epochs=5) | {
+                                kind='handwriting', views='simclr', views_options=DIGITS, epochs=5) | {
         'pretext.epochs': 60, 'pretext.n_neighbors': 5},
     'fashion-mnist best': FASHION | everywhere(n_networks=2,
                                                backbone_options=dict(widths=(16, 32, 64, 128))) | {
@@ -130,7 +131,8 @@ OWN = {   # preset: where it differs from the defaults
         'pretext.epochs': 8, 'pretext.n_neighbors': 50, 'pretext.whiten': .5, 'scan.head_choice': 'both',
         'scan.epochs': 0},
     'aurora': OURS | everywhere(data='aurora', test_data='aurora', n_clusters=4, channels=1, size=96,
-                                backbone='resnet18', views='simclr', views_options=SKY, epochs=20) | {
+                                kind='photographs', backbone='resnet18', views='simclr',
+                                views_options=SKY, epochs=20) | {
         'pretext.epochs': 200, 'pretext.batch_size': 128, 'pretext.lr_decay_rate': .1,
         'pretext.queue_size': 65536, 'pretext.key_momentum': .999, 'pretext.n_neighbors': 20,
         'pretext.time_window': 600, 'scan.n_neighbors': 20}}
@@ -583,7 +585,8 @@ def pictures(n=40, c=1, h=8, w=None): return ImageSet(torch.zeros(n, c, h, w or 
 def is_open(recipe):
     r = recipe.pretext
     small = {'widths', 'stem_stride'} - r.backbone_options.keys() if r.backbone == 'small_resnet' else set()
-    return [name for name in ('size', 'channels') if getattr(r, name) is None] + [*small] + [
+    return [name for name in ('size', 'channels') if getattr(r, name) is None] + [
+        *small, *['kind']*(r.kind == 'auto')] + [
         name for name, v in recipe.flat().items() if v is None and name.endswith('.epochs')] + [
         'n_neighbors']*(r.n_neighbors is None)
 
@@ -598,20 +601,22 @@ def test_nothing_is_left_open(name, n, c, h, w, device):
     assert found == asked.change({setting: value for setting, (value, why) in chosen.items()})
     for setting, (_, why) in chosen.items():
         assert isinstance(why, str) and 3 < len(why) < 80 and '\n' not in why, setting
-        assert setting.startswith('backbone_options.') or getattr(asked, setting, None) is None
+        assert setting.startswith('backbone_options.') or getattr(asked, setting, None) in (None, 'auto')
     before, after = asked.flat(), found.flat()
-    assert all(after[k] == v or k.endswith('backbone_options') for k, v in before.items() if v is not None)
+    assert all(after[k] == v or k.endswith('backbone_options') for k, v in before.items()
+               if v not in (None, 'auto'))
 
 @pytest.mark.parametrize('images, device, wanted', [
     (pictures(1797, 1, 8), 'cpu', {
-        'channels': 1, 'size': 8, 'backbone_options.widths': (32, 64, 128), 'backbone_options.stem_stride': 1,
+        'kind': 'photographs', 'channels': 1, 'size': 8,
+        'backbone_options.widths': (32, 64, 128), 'backbone_options.stem_stride': 1,
         'pretext.epochs': 71, 'scan.epochs': 14, 'selflabel.epochs': 20, 'pretext.n_neighbors': 20}),
     (pictures(12, 3, 96, 64), 'cpu', {
-        'channels': 3, 'size': 64, 'backbone_options.widths': (32, 64, 128, 256),
+        'kind': 'photographs', 'channels': 3, 'size': 64, 'backbone_options.widths': (32, 64, 128, 256),
         'backbone_options.stem_stride': 2, 'pretext.epochs': 100, 'scan.epochs': 20,
         'selflabel.epochs': 20, 'pretext.n_neighbors': 11}),
     (pictures(60_000, 1, 16), 'cuda', {
-        'channels': 1, 'size': 16, 'backbone_options.widths': (32, 64, 128, 256),
+        'kind': 'photographs', 'channels': 1, 'size': 16, 'backbone_options.widths': (32, 64, 128, 256),
         'backbone_options.stem_stride': 1, 'pretext.epochs': 128, 'scan.epochs': 21,
         'selflabel.epochs': 21, 'pretext.n_neighbors': 20})])
 def test_what_is_chosen_for_a_folder(images, device, wanted):
@@ -620,7 +625,7 @@ def test_what_is_chosen_for_a_folder(images, device, wanted):
 
 def test_what_is_told_is_not_chosen():
     told = {'pretext.epochs': 7, 'scan.epochs': 0, 'selflabel.epochs': 3, 'pretext.n_neighbors': 2, 'size': 5,
-            'channels': 3, 'backbone_options': dict(widths=(5,), stem_stride=2)}
+            'channels': 3, 'kind': 'all-sky', 'backbone_options': dict(widths=(5,), stem_stride=2)}
     assert choices(FOLDER.change(told).stages, pictures(h=28)) == {}
     assert Recipe.for_images(pictures(h=28), 'cpu', FOLDER.change(told)) == FOLDER.change(told)
     assert choices(FOLDER.change({'size': 5}).stages, pictures(h=28))['backbone_options.stem_stride'][0] == 1
