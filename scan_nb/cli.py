@@ -125,11 +125,14 @@ def _find_stage(args, name=None): # its recipe, complete; images; folder of the 
     "Recipe, images and folder of a stage. Raises UserError when a file or a setting is wrong."
     from scan_nb.data import UserError
     from scan_nb.distributed import first_ahead
-    from scan_nb.recipe_files import PRESETS, load_stages
+    from scan_nb.frozen import FEATURES
+    from scan_nb.recipe_files import PRESETS, find_recipe, load_stages
     from scan_nb.recipes import STAGES, change, complete
-    preset = PRESETS.get(args.config_exp)
-    stages = preset.on(args.device).stages if preset else load_stages(args.config_exp, args.device)
-    stage = STAGES[name].stage if name else list(stages)[-1]
+    named = args.config_exp in PRESETS | FEATURES or args.config_exp.startswith('timm:')
+    stages = (find_recipe(args.config_exp, args.device).stages if named else
+              load_stages(args.config_exp, args.device))
+    last = [s for s, r in stages.items() if r.epochs or s != 'selflabel'] or [*stages]
+    stage = STAGES[name].stage if name else last[-1]
     found = stages.get(stage, next(iter(stages.values())))
     if name and (kind := getattr(found, 'setup', found.stage)) != name:
         raise UserError(f"'{args.config_exp}' is a recipe for {kind}: run `scan-nb {kind}`.")
@@ -142,8 +145,8 @@ def _find_stage(args, name=None): # its recipe, complete; images; folder of the 
     return r, images, folder, dict(device=args.device, say=_say, progress=True)
 
 # %% ../nbs/13_cli.ipynb #f00dce08
-def _stage(args): # of simclr, moco, scan or selflabel
-    "scan-nb simclr, moco, scan, selflabel: one stage, from the result of the one before."
+def _stage(args): # of simclr, moco, frozen, scan or selflabel
+    "scan-nb simclr, moco, frozen, scan, selflabel: one stage, from the result of the one before."
     from scan_nb.report import summarize
     from scan_nb.files import alone_in
     from scan_nb.run_folder import check_folder, read_run
@@ -151,7 +154,8 @@ def _stage(args): # of simclr, moco, scan or selflabel
     recipe, images, folder, options = _find_stage(args, args.name)
     stage = Stage(recipe, images, folder, **options)
     before = None if recipe.stage == 'pretext' else stage.find_start(args.start)
-    with alone_in(check_folder(folder), 2**24 + stage.room):
+    most = len(stage.data) if recipe.stage == 'pretext' else recipe.n_clusters   # that names.yml may name
+    with alone_in(check_folder(folder, most), 2**24 + stage.room):
         RUN[recipe.stage](recipe, images, before, folder, **options)
         summarize(read_run(folder), images, folder, options['device'])
 
@@ -318,7 +322,7 @@ OPTIONS = dict(   # for argparse
 
 # %% ../nbs/13_cli.ipynb #0b710252
 OPTIONS |= dict(   # of stages, and of what is done with a result
-    config_exp=dict(metavar='YML', help='recipe: a file, one that ships, or the name of a preset'),
+    config_exp=dict(metavar='YML', help='recipe: a file, one that ships, a preset, or --features by name'),
     config_env=dict(metavar='YML', default='configs/env.yml', help='where results go, and where data is'),
     device=dict(help='cpu, cuda, mps (default: the best there is)'),
     set=dict(action='append', default=[], metavar='NAME=VALUE',
@@ -349,6 +353,7 @@ COMMANDS = {   # what it does, in words and in code; its words (? optional) and 
     'simclr': ('learn features with SimCLR, then mine neighbors', _stage, STAGE := (
         '--config_exp! --config_env --device --set')),
     'moco': ('learn features with MoCo, then mine neighbors', _stage, STAGE),
+    'frozen': ('take features that others trained, then mine neighbors', _stage, STAGE),
     'scan': ('learn clusters from the newest features', _stage, STAGE + ' --start'),
     'selflabel': ('sharpen the clusters of scan', _stage, STAGE + ' --start'),
     'predict': ('clusters of new images, as CSV', _predict, 'run files --out --device --names'),
@@ -359,7 +364,7 @@ COMMANDS = {   # what it does, in words and in code; its words (? optional) and 
     'suggest': ('how many clusters? the evidence, on the features of a run', _suggest, 'run'),
     'report': ('write report.html anew', _report, 'run'),
     'bench': ('measure speed beside the alternatives', _bench, 'names --list --json --quick')}
-CONTINUES = 'run', 'simclr', 'moco', 'scan', 'selflabel', 'sort'   # commands that can be repeated
+CONTINUES = 'run', 'simclr', 'moco', 'frozen', 'scan', 'selflabel', 'sort'   # commands that can be repeated
 
 # %% ../nbs/13_cli.ipynb #fdbd640d
 def _parser():

@@ -83,13 +83,16 @@ def _by_order(state, wanted): # name -> tensor, both
     return dict(zip(wanted, state.values())) if fits and not state.keys() & wanted.keys() else state
 
 def _fit_weights(net, file): # a network of timm; loads the file
-    "Raises UserError that names the first missing tensor, or one of another shape."
+    "Raises UserError that names the first missing tensor, one of another shape, or one too many."
     content, wanted = read_weights(file), net.state_dict()
     state = content.get('model', content.get('state_dict', content))
     state = _by_order({k.removeprefix('module.'): v for k, v in state.items()}, wanted)
     lacks = next((f'has no {k!r}' for k in wanted if k not in state), None)
     wrong = (k for k in wanted if k in state and state[k].shape != wanted[k].shape)
     lacks = lacks or next((f'has another shape of {k!r}' for k in wrong), None)
+    parts, left_out = {k.split('.')[0] for k in wanted}, net.pretrained_cfg.get('classifier') or ()
+    extra = (k for k in state if k not in wanted and k.split('.')[0] in parts)   # of a deeper network
+    lacks = lacks or next((f'also has {k!r}' for k in extra if not k.startswith(left_out)), None)
     if lacks: raise UserError(f"'{file}' holds the weights of another network: it {lacks}.")
     net.load_state_dict({k: state[k] for k in wanted})
 

@@ -117,7 +117,8 @@ def find_config(
 def _load_mapping(file): # as for `find_config`
     "A YAML file that holds a mapping. Raises UserError that says what is wrong with it, and in which line."
     import yaml
-    try: content = parse_yaml(find_config(file).read_text(encoding='utf-8'))
+    path = find_config(file)
+    try: content = parse_yaml(path.read_text(encoding='utf-8'))
     except (OSError, ValueError, yaml.YAMLError) as e:
         where = f' in line {mark.line + 1}' if (mark := getattr(e, 'problem_mark', None)) else ''
         raise UserError(f"'{file}' cannot be read as YAML: look for a mistake{where}.") from e

@@ -19,7 +19,7 @@ from .data import ImageSet, UserError
 from .datasets import dataset_name, fingerprint_images
 from .distributed import from_first, place
 from .frozen import GivenFeatures, make_frozen
-from .files import digest, read_array, read_json, without_itself, writing
+from .files import digest, read_array, read_json, read_names, without_itself, writing
 from .models import (ClusteringModel, ContrastiveModel, SideBySide, load_weights, make_backbone,
                             official_state, read_weights)
 from .recipe_files import load_stages, to_yaml
@@ -196,14 +196,16 @@ RESULTS = ('recipe.yml', 'model.safetensors', 'clusters.csv', 'clusters-test.csv
 
 def check_folder(
     folder: str|Path,   # of a run, perhaps to be made
+    n_clusters: int|None = None,  # at most, that its names.yml may name; None: it is not read
 ) -> Path:              # without `~`
-    "Raises UserError for a file, a folder with other things, or something in the place of a result."
+    "Raises UserError for a file, other things in the folder or in the place of a result, and wrong names."
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir(): raise UserError(f"'{folder}' is a file: give a folder.")
     if (inside := {p.name for p in folder.glob('[!.]*')}) and not inside & {'recipe.yml', *PARTS}:
         raise UserError(f"'{folder}' is not empty and holds no run: choose another folder.")
     wrong = [file for name in RESULTS if (file := folder/name).exists() and not file.is_file()]
     if wrong: raise UserError(f"'{wrong[0]}' is no file, but a result will have that name: move it away.")
+    if n_clusters and (names := folder/'names.yml').exists(): read_names(names, n_clusters)
     return folder
 
 # %% ../nbs/11b_run_folder.ipynb #11b00014

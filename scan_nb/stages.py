@@ -135,7 +135,7 @@ class Stage:
         if isinstance(named, Outcome): return named
         if named and Path(named).is_file(): return Outcome.read(Path(named), self.recipe, self.shape)
         if named: raise UserError(f"There is no file '{named}' to start from: check the path.")
-        kind, command = 'pretext', 'simclr` or `scan-nb moco'
+        kind, command = 'pretext', 'simclr`, `scan-nb moco` or `scan-nb frozen'
         if self.name == 'selflabel': kind = command = 'scan'
         files = self.folder.glob(f'{kind}/**/model.pth.tar') if self.folder else []
         found = sorted(files, key=lambda file: file.stat().st_mtime)
@@ -374,6 +374,7 @@ def run_selflabel(
 ) -> Outcome:
     "Sharpen clusters on their own confident images (SCAN, section 2.3). Raises UserError, see `run_scan`."
     r, stage = recipe, Stage(recipe, images, folder, **options)
+    if not r.epochs: raise UserError('selflabel.epochs is 0: the clusters of scan are the result.')
     if found := stage.begin(before): return found
     model, neighbors = _start_model(stage)
     return _train_clusters(stage, model, train_selflabel, neighbors, threshold=r.threshold, balance=r.balance,
@@ -394,12 +395,15 @@ def run_stages(
     found = []
     stages = {name: r for name, r in recipe.stages.items() if r.epochs or name == 'scan'}
     every = [Stage(r, images, folder, **options) for r in stages.values()]
-    with alone_in(folder and check_folder(folder), 2**24 + sum(stage.room for stage in every)):
+    most = len(every[0].data) if count else recipe.scan.n_clusters   # clusters that names.yml may name
+    with alone_in(folder and check_folder(folder, most), 2**24 + sum(stage.room for stage in every)):
         if folder: open_folder(folder, [*stages.values()][:1 if count else None], images, every[0].device)
         if ready: ready()
         for name in stages:
             found.append(RUN[name](stages[name], images, found[-1] if found else None, folder, **options))
-            if count and name == 'pretext': stages = change(stages, {'n_clusters': count(found[0])})
+            if count and name == 'pretext':
+                stages = change(stages, {'n_clusters': count(found[0])})
+                if folder: check_folder(folder, stages['scan'].n_clusters)
         if folder: found[-1].write_top(every[0].folder, stages)
     return found
 

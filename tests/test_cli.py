@@ -19,7 +19,8 @@ from shell import start, stop, without_figures
 from test_datasets import FAKE, write_cifar10, write_stl
 
 REPO = Path(__file__).parents[1]
-NAMES = 'run', 'simclr', 'moco', 'scan', 'selflabel', 'predict', 'sort', 'eval', 'report', 'bench'
+NAMES = ('run', 'simclr', 'moco', 'frozen', 'scan', 'selflabel', 'predict', 'sort', 'eval', 'report',
+         'bench')
 SMALL = ['--device', 'cpu', '--n-clusters', '3', '--epochs', '2', '--set', 'backbone_options.widths=[8, 16]',
          '--set', 'scan.tried_heads=2', '--set', 'scan.heads_epochs=3', '--set', 'pretext.n_neighbors=3']
 TINY = [*SMALL, '--set', 'scan.epochs=1', '--set', 'selflabel.epochs=1']
@@ -402,7 +403,7 @@ def test_eval_of_another_network_is_refused(chain, capsys):
 def test_a_start_by_hand(chain, sets, tmp_path, capsys):
     (tmp_path/'env.yml').write_text(Path(sets[1]).read_text().replace('/results', '/third'))
     words = ['scan', '--config_exp', chain.file, '--config_env', str(tmp_path/'env.yml'), '--device', 'cpu']
-    assert 'run `scan-nb simclr` or `scan-nb moco` first' in refused(capsys, *words)
+    assert 'run `scan-nb simclr`, `scan-nb moco` or `scan-nb frozen` first' in refused(capsys, *words)
     assert "no file 'nowhere.pth.tar'" in refused(capsys, *words, '--start', 'nowhere.pth.tar')
     assert main([*words, '--start', str(chain.folder/'pretext/simclr/model.pth.tar')]) == 0
     same(chain.folder.parents[1]/'third/stl-10', chain.after['scan'], 'model.safetensors', 'clusters.csv')
@@ -417,12 +418,22 @@ def test_faults_of_a_command(chain, sets, tmp_path, capsys):
     assert 'scan.epochs is -1' in refused(capsys, 'scan', *words, '--set', 'epochs=-1')
     assert 'run `scan-nb scan` first' in refused(capsys, 'selflabel', *words)
     assert 'model.pth.tar' in refused(capsys, 'eval', *words)
-    assert 'absent.yml' in refused(capsys, 'scan', '--config_exp', 'absent.yml')
+    assert "There is no file 'absent.yml'" in refused(capsys, 'scan', '--config_exp', 'absent.yml')
     assert 'absent.yml' in refused(capsys, 'scan', '--config_exp', chain.file, '--config_env', 'absent.yml')
     assert 'config_exp' in refused(capsys, 'eval')
     said = refused(capsys, 'simclr', *chain.words, '--set', 'temperature=.3')
     assert 'pretext.temperature: 0.1 → 0.3' in said
     assert not (chain.folder.parents[1]/'nothing').exists()
+
+def test_wrong_names_stop_a_command_before_it_begins(chain, capsys):
+    file = chain.folder/'names.yml'
+    try:
+        for name, k in dict(scan=3, selflabel=3, simclr=24).items():   # 24 images have at most 24 clusters
+            file.write_text(f'{k}: cats')
+            assert main([name, *chain.words]) == 2
+            out, err = capsys.readouterr()
+            assert f"there is no cluster '{k}'" in err and 'finished before' not in out
+    finally: file.unlink()
 
 # -- the other commands --
 
@@ -460,7 +471,8 @@ def test_names_reach_every_table(run, pictures, tmp_path, capsys, no_figures):
     (tmp_path/'run/names.yml').write_text('7: mine')
     capsys.readouterr()
     run, out = str(tmp_path/'run'), str(tmp_path/'out')
-    for words in (files, ['report', run], ['sort', run, '--to', out]):
+    again = ['run', str(pictures), '--out', run, *TINY]
+    for words in (files, ['report', run], ['sort', run, '--to', out], again):
         assert main(words) == 2
         assert "there is no cluster '7'" in capsys.readouterr().err
     assert not (tmp_path/'out').exists()
@@ -671,8 +683,8 @@ def test_help_needs_no_torch_and_is_there_for_every_command(tmp_path):
     for words in (['--version'], ['--help'], *([name, '--help'] for name in NAMES)):
         done = shell(*words, PYTHONPATH=f'{tmp_path}{os.pathsep}{REPO}')
         assert done.returncode == 0 and not done.stderr, done.stderr
-        wanted = {'--version': [], '--help': NAMES}.get(words[0], [f'scan-nb {words[0]}'])
-        if words[0] in ('simclr', 'moco', 'scan', 'selflabel', 'eval'): wanted += CONFIG
+        wanted = {'--version': [], '--help': [*NAMES]}.get(words[0], [f'scan-nb {words[0]}'])
+        if words[0] in ('simclr', 'moco', 'frozen', 'scan', 'selflabel', 'eval'): wanted += CONFIG
         assert all(word in done.stdout for word in wanted)
         if words == ['--version']: assert re.fullmatch(r'\d+\.\d+\.\d+\n', done.stdout)
 

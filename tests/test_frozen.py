@@ -3,7 +3,7 @@ import numpy as np
 import pytest, timm, torch
 from PIL import Image
 from torch.nn import functional as F
-from scan_nb import frozen, pipeline, stages
+from scan_nb import frozen, pipeline, report, stages
 from scan_nb.cli import main
 from scan_nb.data import UserError, digits, to_color
 from scan_nb.frozen import (FEATURES, FrozenNet, embed_blocks, find_features, load_frozen, make_frozen)
@@ -148,6 +148,12 @@ def test_blocks_continue_and_are_checked(tmp_path):
         except UserError as e: named += 'features-train-0' in str(e)
     assert named > 20
 
+def test_a_deeper_network_of_the_same_family_is_refused(tmp_path):
+    "It has every tensor that is wanted, in the shape that is wanted, and more blocks."
+    torch.save(timm.create_model('tf_efficientnet_lite1', num_classes=0).state_dict(), tmp_path/'w.pt')
+    with pytest.raises(UserError, match="another network: it also has 'blocks"):
+        load_frozen(make_frozen('efficientnet-lite0'), 'efficientnet-lite0', tmp_path/'w.pt')
+
 # -- runs --
 
 def test_each_image_passes_once(recipe, passed, tmp_path):
@@ -233,6 +239,31 @@ def test_command(pictures, weights, tmp_path, capsys, passed):
     assert main(['predict', str(run), str(pictures), '--device', 'cpu']) == 0
     found = capsys.readouterr().out.splitlines()
     assert [r.split(',')[2] for r in found] == [r.split(',')[2] for r in rows]
+
+def test_commands_in_their_order_are_a_run(pictures, weights, tmp_path, capsys, monkeypatch):
+    "To the byte; the recipe by the name of the features, or from a file. `eval` takes the newest stage."
+    monkeypatch.setattr(report, 'draw_figures', lambda run: {})
+    for name in 'ab': (tmp_path/f'{name}.yml').write_text(f'root_dir: {tmp_path}/{name}\n')
+    places = dict(data=pictures, test_data=pictures, n_clusters=3)
+    few = {'pretext': dict(pretrained=weights, n_neighbors=3), 'scan': dict(tried_heads=3, heads_epochs=3)}
+    def sets(**more): return [w for k, v in more.items() for w in ('--set', f'{k}={v}')]
+    own = {p: sets(**{f'{p}.{k}': v for k, v in some.items()}) for p, some in few.items()}
+    (tmp_path/'r.yml').write_text(to_yaml(frozen_recipe(TINY).on('cpu')))
+    for name, config in dict(a=TINY, b=str(tmp_path/'r.yml')).items():
+        words = ['--config_exp', config, '--config_env', str(tmp_path/f'{name}.yml'), '--device', 'cpu',
+                 *sets(**places)]
+        assert main(['scan', *words, *own['scan']]) == 2   # features come first
+        assert '`scan-nb frozen`' in capsys.readouterr().err
+        assert main(['frozen', *words, *own['pretext']]) == 0
+        assert main(['scan', *words, *own['scan']]) == 0
+        assert main(['eval', *words, *own['scan']]) == 0
+        assert 'all (30 images)' in capsys.readouterr().out.splitlines()[-1]
+        for other in ('simclr', 'selflabel'): assert main([other, *words]) == 2
+    assert main(['run', str(pictures), '--features', TINY, '--device', 'cpu', '--out', str(tmp_path/'run'),
+                 *sets(**places), *own['pretext'], *own['scan']]) == 0
+    for file in ('clusters.csv', 'model.safetensors', 'recipe.yml', 'pretext/frozen/embeddings.npy'):
+        want = (tmp_path/'run'/file).read_bytes()
+        assert all((tmp_path/name/pictures.name/file).read_bytes() == want for name in 'ab'), file
 
 @pytest.mark.parametrize('words, said', [
     (['--features', 'dinov9'], "no features 'dinov9': did you mean 'dinov2'"),

@@ -330,7 +330,7 @@ def test_scan_without_a_start_in_memory(whole, data, recipe):
     bare = Outcome(recipe.pretext, [1, 8, 8], whole[0][0].weights, whole[0][0].neighbors)
     assert plain(run_scan(recipe.scan, {'all': data}, bare).weights) == plain(whole[0][1].weights)
 
-@pytest.mark.parametrize('run, part, words', [(run_scan, 'scan', 'scan-nb simclr` or `scan-nb moco'),
+@pytest.mark.parametrize('run, part, words', [(run_scan, 'scan', '`scan-nb moco` or `scan-nb frozen`'),
                                               (run_selflabel, 'selflabel', 'scan-nb scan')])
 def test_says_what_is_missing(run, part, words, data, recipe, tmp_path):
     r, images = getattr(recipe, part), {'all': data}
@@ -390,6 +390,24 @@ def test_another_start_is_refused(copy, data, recipe):
 def test_another_device_is_refused(whole, data, recipe):
     with pytest.raises(UserError, match='device: cpu → cuda'):
         open_folder(whole[1], recipe.stages.values(), {'all': data}, torch.device('cuda'))
+
+@pytest.mark.parametrize('text, n, passed', [('3: [', None, 0), ('3: cats', None, 0), ('3: [', 3, 0),
+                                             ('3: cats', 3, 1), ('90: cats', 3, 0)])
+def test_wrong_names_are_noticed_before_the_work(copy, data, recipe, monkeypatch, text, n, passed):
+    "And when the number of clusters is not known yet, as soon as it is."
+    (copy/'names.yml').write_text(text)
+    done, pretext = [], stages.RUN['pretext']
+    def counted(*a, **k): return done.append(0) or pretext(*a, **k)
+    for name in PARTS: monkeypatch.setitem(stages.RUN, name, counted)
+    with pytest.raises(UserError, match='names.yml'):
+        run_stages(recipe, {'all': data}, copy, count=n and (lambda outcome: n))
+    assert len(done) == passed
+
+def test_no_epochs_of_selflabelling_are_no_stage(whole, data, recipe, tmp_path):
+    none = replace(recipe.selflabel, epochs=0)
+    with pytest.raises(UserError, match='clusters of scan are the result'):
+        run_selflabel(none, {'all': data}, whole[0][1], tmp_path/'run')
+    assert not (tmp_path/'run').exists()
 
 def test_folders_with_other_things_are_refused(data, recipe, tmp_path):
     (tmp_path/'notes.txt').write_text('mine')

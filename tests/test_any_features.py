@@ -1,4 +1,4 @@
-"Heads on any matrix of embeddings and any frozen module: what the tutorial `foundation_features` relies on."
+"Heads on any matrix of embeddings and any frozen module, with the features by hand of lesson 07a."
 
 import copy
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from run_notebooks import NBS, directives
+from run_notebooks import NBS
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,19 +22,26 @@ from scan_nb.scan import train_heads
 from scan_nb.training import make_generator
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-PAGE = NBS / 'tutorials' / 'foundation_features.ipynb'
+PAGE = NBS / '07a_frozen.ipynb'
 QUICK = dict(n_heads=4, epochs=10, batch_size=64)
 
 
-def page(*names):
-    "Definitions of the tutorial, by the names they define, in a namespace of their own."
+def gradients_of_page():
+    "The class `Gradients` of the lesson."
     cells = [c.source for c in nbformat.read(PAGE, as_version=4).cells if c.cell_type == 'code']
-    space = dict(torch=torch, nn=nn, F=nn.functional, to_float=to_float, Normalize=Normalize)
-    space |= dict(ClusteringModel=ClusteringModel)
-    for name in names:
-        (source,) = [s for s in cells if s.startswith((f'class {name}', f'def {name}'))]
+    space = dict(torch=torch, nn=nn, F=nn.functional, to_float=to_float)
+    for begin in ('def share_directions', 'class Gradients'):
+        (source,) = [s for s in cells if s.startswith(begin)]
         exec(source.split('\n\n')[0], space)
-    return [space[name] for name in names]
+    return space['Gradients']
+
+
+def assemble(module, heads, best):
+    "Module and chosen head as one model of images, as notebook 09 does it."
+    module.dim = heads.weight.shape[1]
+    model = ClusteringModel(module, heads.weight.shape[2], len(heads.weight))
+    model.cluster_head.load_state_dict(heads.state_dict())
+    return model.select(best).eval()
 
 
 def blobs(seed, n=90, d=6, c=3):
@@ -111,7 +118,7 @@ def test_views_of_other_images_are_refused(shape):
 
 
 def modules():
-    (gradients,) = page('share_directions', 'Gradients')[1:]
+    gradients = gradients_of_page()
     torch.manual_seed(0)
     frozen = nn.Sequential(Normalize([0.3], [0.4]), small_resnet(1, (8, 16))).eval().requires_grad_(False)
     return dict(squares=Squares(), gradients=gradients(), network=frozen)
@@ -120,7 +127,6 @@ def modules():
 @pytest.mark.parametrize('name', ['squares', 'gradients', 'network'])
 def test_module_and_head_are_one_model_that_survives_a_file(tmp_path, name):
     "Predictions equal those on the cached matrix, on images as bytes or floats, before and after the file."
-    (assemble,) = page('assemble')
     data, module = digits(), modules()[name]
     known, later = data[:300].images, data[300:350].images
     z, before = embed(module, known), copy.deepcopy(module.state_dict())
@@ -156,38 +162,16 @@ def brute_gradients(image, cell, bins):
 @given(seed=st.integers(0, 10**6), cell=st.sampled_from([1, 2, 4]), bins=st.integers(2, 9))
 @settings(max_examples=15, deadline=None)
 def test_gradients_equal_brute_force(seed, cell, bins):
-    (gradients,) = page('share_directions', 'Gradients')[1:]
+    gradients = gradients_of_page()
     images = np.random.default_rng(seed).integers(0, 256, (2, 1, 8, 8), dtype=np.uint8)
     found = gradients(cell, bins)(torch.from_numpy(images)).numpy()
     expected = np.stack([brute_gradients(x[0], cell, bins) for x in images])
     np.testing.assert_allclose(found**2, expected**2, atol=1e-5)
 
 
-@pytest.mark.parametrize('shape', [(2, 1, 8, 8), (2, 3, 20, 30)])
-def test_pretrained_gives_any_image_the_form_its_network_knows(shape):
-    (pretrained,) = page('Pretrained')
-    got = []
-
-    class Body(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale, self.norm = nn.Parameter(torch.ones(1)), nn.BatchNorm2d(3)
-
-        def forward(self, x):
-            got.append(x)
-            return self.norm(x).mean((2, 3)) * self.scale
-
-    model = pretrained(Body(), 16, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
-    assert not any(p.requires_grad for p in model.parameters()) and not model.body.training
-    white = torch.full(shape, 255, dtype=torch.uint8)
-    assert embed(model, white).shape == (2, 3)
-    expected = ((1 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.2, 0.2, 0.1])).view(3, 1, 1)
-    torch.testing.assert_close(got[0], expected.expand(2, 3, 16, 16))
-
-
 def test_heads_beat_kmeans_on_gradients_of_digits():
-    "Mean over seeds, with the tutorial's setting: by a wide margin, so that no rounding can turn it."
-    (gradients,) = page('share_directions', 'Gradients')[1:]
+    "Mean over seeds, with few heads: by a wide margin, so that no rounding can turn it."
+    gradients = gradients_of_page()
     data = digits()[:900]
     z = embed(gradients(), data.images)
     near = mine_neighbors(z, 10)
@@ -198,14 +182,3 @@ def test_heads_beat_kmeans_on_gradients_of_digits():
 
     score = lambda run: np.mean([cluster_metrics(run(s), data.labels)['acc'] for s in range(2)])
     assert score(heads) > score(lambda seed: kmeans_baseline(z, 10, seed)) + 0.02
-
-
-def test_lines_that_need_a_download_are_marked_and_store_nothing():
-    downloads = ('torch.hub.load', 'pretrained=', 'open_clip', 'fashion_mnist(', 'image_folder(')
-    cells = [c for c in nbformat.read(PAGE, as_version=4).cells if c.cell_type == 'code']
-    needy = [c for c in cells if any(word in c.source for word in downloads)]
-    assert len(needy) >= 4
-    for c in needy:
-        never = directives(c).get('eval', '').strip() == 'false'
-        assert never or 'slow' in directives(c)
-        assert not (never and c.outputs)
