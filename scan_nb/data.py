@@ -54,6 +54,7 @@ def check_images(
         if part is not None and len(part) != len(images):
             raise UserError(f'{len(images)} images need {len(images)} {name}, not {len(part)}.')
 
+# %% ../nbs/00_data.ipynb #81b71e4d
 def _name_label(label): # a word, a number, None …
     "What a class is called by its value; empty: unknown."
     if isinstance(label, np.generic): label = label.item()
@@ -77,6 +78,7 @@ def name_labels(
     if missing := {*names} - index.keys(): raise UserError(f"Label '{min(missing)}' is none of the classes.")
     return torch.tensor([index[name] for name in names], dtype=torch.int64), classes
 
+# %% ../nbs/00_data.ipynb #a340d726
 def _whole_numbers(labels): # a tensor or an array, in one row
     "Are they integers of at most 64 bits?"
     if isinstance(labels, Tensor): return not (labels.is_floating_point() or labels.is_complex() or
@@ -277,16 +279,14 @@ def array_to_tensor(
     except TypeError:
         raise UserError(f'An array of type {array.dtype} holds no images: give numbers.') from None
 
+# %% ../nbs/00_data.ipynb #1607e87f
 WHITES = 1, 16, 255, 1023, 4095, 16383, 65535   # floats, and counts of 4, 8, 10, 12, 14 and 16 bits
 
 def _find_white(high): # the highest value of a whole set of images
     "The next step of `WHITES`; 1, which then fits them not, for values a little above 1."
     return 1 if 1 < high < 2 else next((w for w in WHITES if high <= w), WHITES[-1])
 
-def numbers_to_set(
-    x: Tensor,             # N×C×H×W, numbers
-    white: float | None,   # the value that becomes 255, except in bytes; None: by the highest value
-) -> ImageSet:
+def _numbers_to_set(x, white): # N×C×H×W; what becomes 255, except in bytes, None: the highest value
     "Raises `UserError` where `to_uint8` does."
     if x.dtype == torch.uint8: return ImageSet(x)
     high = 0 if x.is_complex() else max(float(part.detach().float().max()) for part in x.split(1024))
@@ -322,11 +322,8 @@ LARGE = Lock()   # pictures that take much memory are decoded one at a time
 def _in_turn(image): return LARGE if image.width*image.height > 2**24 else nullcontext()
 
 # %% ../nbs/00_data.ipynb #2653d5a7
-def to_8bit(
-    image: Image.Image,    # modes I;16*, I or F
-    white: float | None,   # the value that becomes 255; None: 65535, of floats 1
-) -> Image.Image:          # mode L
-    "Raises `ValueError` for values beyond."
+def _to_8bit(image, white): # modes I;16*, I or F; the value that becomes 255, None: 65535, of floats 1
+    "Mode L. Raises `ValueError` for values beyond."
     x, top = np.asarray(image).astype(np.float32), white or (1 if image.mode == 'F' else 65535)
     if not (x.min() >= 0 and x.max() <= top*(1 + 1e-6)):
         raise ValueError(f'values from {x.min():g} to {x.max():g}, where 0 to {top:g} is understood')
@@ -340,14 +337,14 @@ def _strips(image, rows=1): # of so many rows, or a multiple
 # %% ../nbs/00_data.ipynb #8674fba1
 def upright_8bit(
     image: Image.Image,    # any mode
-    white: float | None,   # see `to_8bit`
+    white: float | None,   # see `decode_image`
     parts: int = 1,        # of each side that become one pixel
 ) -> Image.Image:          # mode L or RGB, turned upright by its EXIF tag
     "Decode to 8-bit gray or color; transparent parts show white, as on a page."
     solid = 'L' if is_gray(image) else 'RGB'
     image.load()   # which turns a TIFF
     turned, kind = image.getexif().get(274, 1), 'RGBA' if image.has_transparency_data else solid
-    def plain(part): return to_8bit(part, white) if _is_deep(part) else part.convert(kind)
+    def plain(part): return _to_8bit(part, white) if _is_deep(part) else part.convert(kind)
     if parts < 2: image = plain(image)
     else: image = Image.fromarray(np.concatenate([plain(p).reduce(parts) for p in _strips(image, parts)]))
     if image.mode == 'RGBA':
@@ -445,6 +442,7 @@ def decode_files(
                 yield found
                 bar.update()
 
+# %% ../nbs/00_data.ipynb #f83a13a8
 def check_size(
     size: int | None,      # side in pixels, 1 or more
     channels: int | None,  # one of the next
@@ -483,9 +481,8 @@ def peek(
             return *image.size, is_gray(image), frames, high if 0 < high <= 65535 else 0
     except Exception: return None
 
-def only_gray(
-    file: object,       # an image file, or see `open_picture`
-) -> bool:
+# %% ../nbs/00_data.ipynb #6fd7454b
+def _only_gray(file): # an image file, or see `open_picture`
     "Are the three channels equal in every pixel? Or can it not be read?"
     try:
         with open_picture(file) as image, _in_turn(image):
@@ -514,7 +511,7 @@ def choose_shape(
     facts['kinds'] = Counter(Path(file).suffix.lower() for file in files if isinstance(file, (str, Path)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = (files[i:i+64] for i in range(0, len(files), 64))
-        one = gray.all() or not channels and all(all(pool.map(only_gray, part)) for part in parts)
+        one = gray.all() or not channels and all(all(pool.map(_only_gray, part)) for part in parts)
     return size or min(int(np.median(short)), 96), channels or (1 if one else 3), facts
 
 # %% ../nbs/00_data.ipynb #19fcc00c
@@ -588,7 +585,7 @@ def as_image_set(
     if isinstance(source, (str, Path)): return image_folder(source, size, channels, None, white)
     if isinstance(source, np.ndarray): source = array_to_tensor(source)
     check_size(size, channels, range(1, MAX_CHANNELS + 1))
-    if isinstance(source, Tensor): source = numbers_to_set(to_nchw(source, channels), white)
+    if isinstance(source, Tensor): source = _numbers_to_set(to_nchw(source, channels), white)
     if not isinstance(source, ImageSet):
         raise UserError(f'Images come as folder, array, tensor or ImageSet, not as {type(source).__name__}.')
     if not len(source): raise UserError('There is no image in this set.')

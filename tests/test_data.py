@@ -572,7 +572,7 @@ def test_a_large_picture_is_reduced_in_strips(folder, monkeypatch, kind, shape):
     image.load()
     turned[274] = 6
     whole = image if kind == '16 bits' else image.convert('RGBA' if kind[-1] == 'A' else kind)
-    if kind == '16 bits': whole = data.to_8bit(image, None)
+    if kind == '16 bits': whole = data._to_8bit(image, None)
     want = data.upright_8bit(whole.reduce(7), None)
     strips, crop = [], Image.Image.crop
     def cut(self, box):
@@ -597,9 +597,9 @@ def test_memory_of_large_pictures_and_their_warning(folder, monkeypatch, recwarn
 
 def test_strips_tell_gray_from_color(folder):
     x = np.full((1200, 1000, 3), 7, np.uint8)
-    assert data.only_gray(save(folder/'x.png', x))
+    assert data._only_gray(save(folder/'x.png', x))
     x[-1, -1, 0] = 8
-    assert not data.only_gray(save(folder/'x.png', x))
+    assert not data._only_gray(save(folder/'x.png', x))
 
 def test_reads_in_order_with_gaps(folder):
     files = [save(folder/f'{i}.png', np.full((4, 4), i, np.uint8)) for i in range(60)]
