@@ -8,7 +8,7 @@ __all__ = ['IMAGE_SUFFIXES', 'UserError', 'closest', 'ImageSet', 'digits', 'to_u
            'as_image_set']
 
 # %% ../nbs/00_data.ipynb #1f92dce0
-import difflib, os, re
+import difflib, os, re, warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -54,11 +54,9 @@ def check_images(
         if part is not None and len(part) != len(images):
             raise UserError(f'{len(images)} images need {len(images)} {name}, not {len(part)}.')
 
-# %% ../nbs/00_data.ipynb #af3ee808
-def name_label(
-    label: object,   # a word, a number, None …
-) -> str:            # what it is called; empty: unknown
-    "A class by its value."
+# %% ../nbs/00_data.ipynb #81b71e4d
+def _name_label(label): # a word, a number, None …
+    "What a class is called by its value; empty: unknown."
     if isinstance(label, np.generic): label = label.item()
     if isinstance(label, bytes): label = label.decode(errors='replace')
     if isinstance(label, float) and label.is_integer(): label = int(label)
@@ -73,17 +71,15 @@ def name_labels(
     "Positions in a list of names. Raises `UserError` for one that is not in it, or a label that is a list."
     if any(isinstance(label, (list, tuple, np.ndarray)) for label in labels):
         raise UserError('A label must be one value per image, not a list.')
-    names = [name_label(label) for label in labels]
+    names = [_name_label(label) for label in labels]
     def rank(name): return (0, float(name), '') if re.fullmatch(r'-?\d+(\.\d+)?', name) else (1, 0., name)
     classes = sorted({*names} - {''}, key=rank) if classes is None else classes
     index = {name: i for i, name in enumerate(classes)} | {'': -1}
     if missing := {*names} - index.keys(): raise UserError(f"Label '{min(missing)}' is none of the classes.")
     return torch.tensor([index[name] for name in names], dtype=torch.int64), classes
 
-# %% ../nbs/00_data.ipynb #af3ee80a
-def whole_numbers(
-    labels: Tensor | np.ndarray,   # in one row
-) -> bool:
+# %% ../nbs/00_data.ipynb #a340d726
+def _whole_numbers(labels): # a tensor or an array, in one row
     "Are they integers of at most 64 bits?"
     if isinstance(labels, Tensor): return not (labels.is_floating_point() or labels.is_complex() or
                                                labels.dtype in (torch.bool, torch.uint64))
@@ -101,7 +97,7 @@ def check_labels(
     if not isinstance(labels, (Tensor, np.ndarray)): labels = np.array(labels, object)
     if tuple(labels.shape) != (n,):
         raise UserError(f'{n} images need {n} labels in one row, not the shape {tuple(labels.shape)}.')
-    if whole_numbers(labels):
+    if _whole_numbers(labels):
         x = labels if isinstance(labels, Tensor) else torch.from_numpy(labels.astype(np.int64))
         low, high = (int(x.min()), int(x.max())) if n else (0, -1)
         if classes is not None and high >= len(classes):
@@ -283,37 +279,34 @@ def array_to_tensor(
     except TypeError:
         raise UserError(f'An array of type {array.dtype} holds no images: give numbers.') from None
 
-# %% ../nbs/00_data.ipynb #3f5a1e20
+# %% ../nbs/00_data.ipynb #1607e87f
 WHITES = 1, 16, 255, 1023, 4095, 16383, 65535   # floats, and counts of 4, 8, 10, 12, 14 and 16 bits
 
-def find_white(
-    high: float,   # the highest value of a whole set of images
-) -> float:        # what white is there; 1, which then fits them not, for values a little above 1
-    "The next step of `WHITES`."
+def _find_white(high): # the highest value of a whole set of images
+    "The next step of `WHITES`; 1, which then fits them not, for values a little above 1."
     return 1 if 1 < high < 2 else next((w for w in WHITES if high <= w), WHITES[-1])
 
-def numbers_to_set(
-    x: Tensor,             # N×C×H×W, numbers
-    white: float | None,   # the value that becomes 255, except in bytes; None: by the highest value
-) -> ImageSet:
+def _numbers_to_set(x, white): # N×C×H×W; what becomes 255, except in bytes, None: the highest value
     "Raises `UserError` where `to_uint8` does."
     if x.dtype == torch.uint8: return ImageSet(x)
     high = 0 if x.is_complex() else max(float(part.detach().float().max()) for part in x.split(1024))
-    white = white or find_white(high)
+    white = white or _find_white(high)
     return ImageSet(to_uint8(x, white), facts=dict(white=white))
 
 # %% ../nbs/00_data.ipynb #97fa691e
+OPENING = Lock()   # warnings are a matter of the whole process
 def open_picture(
     file: object,   # path of an image file, a PIL image, or a function that gives one
 ) -> object:        # a context manager that gives the image
-    "Raises what Pillow, or the function, raises."
+    "Raises what Pillow, or the function, raises; a large picture is read without its warning."
     if callable(file): file = file()
-    return nullcontext(file) if isinstance(file, Image.Image) else Image.open(file, formats=image_formats())
+    if isinstance(file, Image.Image): return nullcontext(file)
+    with OPENING, warnings.catch_warnings():
+        warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+        return Image.open(file, formats=image_formats())
 
-def is_deep(
-    image: Image.Image,   # opened
-) -> bool:                # has it more than 8 bits?
-    "Judged by the mode."
+def _is_deep(image): # opened
+    "Has it more than 8 bits, by its mode?"
     return image.mode in ('I', 'F') or image.mode.startswith('I;16')
 
 def is_gray(
@@ -323,35 +316,43 @@ def is_gray(
     if image.mode == 'P':
         palette = np.reshape(image.getpalette('RGB'), (-1, 3))
         return bool((palette == palette[:, :1]).all())
-    return image.mode in ('1', 'L', 'LA', 'La') or is_deep(image)
+    return image.mode in ('1', 'L', 'LA', 'La') or _is_deep(image)
 
 LARGE = Lock()   # pictures that take much memory are decoded one at a time
 def _in_turn(image): return LARGE if image.width*image.height > 2**24 else nullcontext()
 
 # %% ../nbs/00_data.ipynb #2653d5a7
-def to_8bit(
-    image: Image.Image,    # modes I;16*, I or F
-    white: float | None,   # the value that becomes 255; None: 65535, of floats 1
-) -> Image.Image:          # mode L
-    "Raises `ValueError` for values beyond."
+def _to_8bit(image, white): # modes I;16*, I or F; the value that becomes 255, None: 65535, of floats 1
+    "Mode L. Raises `ValueError` for values beyond."
     x, top = np.asarray(image).astype(np.float32), white or (1 if image.mode == 'F' else 65535)
     if not (x.min() >= 0 and x.max() <= top*(1 + 1e-6)):
         raise ValueError(f'values from {x.min():g} to {x.max():g}, where 0 to {top:g} is understood')
     return Image.fromarray((x*(255/top)).round().astype(np.uint8))
 
+def _strips(image, rows=1): # of so many rows, or a multiple
+    "Parts as wide as the image: a copy of all of a large one would take as much memory again."
+    (w, h), step = image.size, max(1, 2**20//(image.width*rows))*rows
+    return (image.crop((0, y, w, min(y + step, h))) for y in range(0, h, step))
+
 # %% ../nbs/00_data.ipynb #8674fba1
 def upright_8bit(
     image: Image.Image,    # any mode
-    white: float | None,   # see `to_8bit`
+    white: float | None,   # see `decode_image`
+    parts: int = 1,        # of each side that become one pixel
 ) -> Image.Image:          # mode L or RGB, turned upright by its EXIF tag
     "Decode to 8-bit gray or color; transparent parts show white, as on a page."
-    gray, image = is_gray(image), ImageOps.exif_transpose(image)
-    if is_deep(image): return to_8bit(image, white)
-    if image.has_transparency_data:
-        image = image.convert('RGBA')
+    solid = 'L' if is_gray(image) else 'RGB'
+    image.load()   # which turns a TIFF
+    turned, kind = image.getexif().get(274, 1), 'RGBA' if image.has_transparency_data else solid
+    def plain(part): return _to_8bit(part, white) if _is_deep(part) else part.convert(kind)
+    if parts < 2: image = plain(image)
+    else: image = Image.fromarray(np.concatenate([plain(p).reduce(parts) for p in _strips(image, parts)]))
+    if image.mode == 'RGBA':
         if not image.getchannel('A').getextrema()[1]: raise ValueError('fully transparent')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    return image.convert('L' if gray else 'RGB')
+    image = image.convert(solid)
+    image.getexif()[274] = turned
+    return ImageOps.exif_transpose(image)
 
 # %% ../nbs/00_data.ipynb #b06e7d65
 IMAGE_SUFFIXES = {'.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.bmp', '.gif', '.tif', '.tiff', '.webp',
@@ -361,6 +362,7 @@ IMAGE_SUFFIXES = {'.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.bmp', '.gif', '.ti
 def image_formats() -> list[str]: # Pillow's names of these, as far as it can read them
     "No file of another format is ever opened."
     Image.init()
+    Image.core.set_block_size(2**26)   # of memory: so large a block goes back to the system when it is freed
     return [n for n in 'PNG JPEG BMP GIF TIFF WEBP PPM JPEG2000 AVIF'.split() if n in Image.OPEN]
 
 # %% ../nbs/00_data.ipynb #0d893d7f
@@ -374,9 +376,9 @@ def decode_image(
     "One file, resized with antialiasing to a square of `size`. Raises what Pillow raises."
     with open_picture(file) as image:
         if image is not file: image.draft(None, (4*size, 4*size))   # JPEG: skip what shrinking would remove
-        with _in_turn(image):
-            parts = min(image.size)//(4*size) if image.mode == 'RGBA' else 0
-            image = upright_8bit(image.reduce(parts) if parts > 1 else image, white)
+        with _in_turn(image) as large:
+            parts = min(image.size)//(4*size) if large or image.mode == 'RGBA' else 1
+            image = upright_8bit(image, white, parts)
     image = image.convert('L' if channels == 1 else 'RGB')
     if fit == 'whole': image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color='white')
     side = min(image.size)
@@ -385,10 +387,7 @@ def decode_image(
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 # %% ../nbs/00_data.ipynb #95d3573b
-def is_run(
-    folder: Path,       # to look at
-    subfolders: list,   # names of what is in it
-) -> bool:
+def _is_run(folder, subfolders): # a path; names of what is in it
     "Does it hold the results of a run (notebook 11b)? Their pictures are no data."
     stages = {'pretext': 'pretext/*', 'scan': 'scan', 'selflabel': 'selflabel'}
     return any(any(folder.glob(f'{stages[s]}/stage.json')) for s in stages.keys() & {*subfolders})
@@ -407,7 +406,7 @@ def find_images(
     files, seen = [], set()
     for top, subfolders, names in os.walk(folder, onerror=stop, followlinks=True):
         real = os.path.realpath(top)
-        if is_run(Path(top), subfolders): names, subfolders[:] = [], []
+        if _is_run(Path(top), subfolders): names, subfolders[:] = [], []
         subfolders[:] = sorted(s for s in subfolders if s[0] != '.' and real not in seen)
         if real not in seen: files += [Path(top, n) for n in names if is_image(n)]
         seen.add(real)
@@ -443,7 +442,7 @@ def decode_files(
                 yield found
                 bar.update()
 
-# %% ../nbs/00_data.ipynb #f638d97d
+# %% ../nbs/00_data.ipynb #f83a13a8
 def check_size(
     size: int | None,      # side in pixels, 1 or more
     channels: int | None,  # one of the next
@@ -478,18 +477,17 @@ def peek(
     "What the head of a file says, and of more than 8 bits the pixels."
     try:
         with open_picture(file) as image:
-            frames, high = getattr(image, 'n_frames', 1), np.asarray(image).max() if is_deep(image) else 0
+            frames, high = getattr(image, 'n_frames', 1), np.asarray(image).max() if _is_deep(image) else 0
             return *image.size, is_gray(image), frames, high if 0 < high <= 65535 else 0
     except Exception: return None
 
-def only_gray(
-    file: object,       # an image file, or see `open_picture`
-) -> bool:
+# %% ../nbs/00_data.ipynb #6fd7454b
+def _only_gray(file): # an image file, or see `open_picture`
     "Are the three channels equal in every pixel? Or can it not be read?"
     try:
         with open_picture(file) as image, _in_turn(image):
             if image is not file: image.draft(None, (256, 256))
-            return bool((np.ptp(np.asarray(image.convert('RGB')), -1) == 0).all())
+            return all((np.ptp(np.asarray(part.convert('RGB')), -1) == 0).all() for part in _strips(image))
     except Exception: return True
 
 # %% ../nbs/00_data.ipynb #894879bf
@@ -509,11 +507,11 @@ def choose_shape(
     facts = dict(sides=[int(short.min()), int(long.max())], frames=int((frames - 1).sum()),
                  stacks=int((frames > 1).sum()))
     if fit == 'crop': facts['outside'] = float((1 - short/long).mean())
-    if high.any(): facts['white'] = white or find_white(float(high.max()))
+    if high.any(): facts['white'] = white or _find_white(float(high.max()))
     facts['kinds'] = Counter(Path(file).suffix.lower() for file in files if isinstance(file, (str, Path)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = (files[i:i+64] for i in range(0, len(files), 64))
-        one = gray.all() or not channels and all(all(pool.map(only_gray, part)) for part in parts)
+        one = gray.all() or not channels and all(all(pool.map(_only_gray, part)) for part in parts)
     return size or min(int(np.median(short)), 96), channels or (1 if one else 3), facts
 
 # %% ../nbs/00_data.ipynb #19fcc00c
@@ -534,7 +532,6 @@ def read_layout(
         return [f[0] if f else None for f in folders], [_SPLITS[name] for name in names]
     return [f[0] if f else None for f in folders], None
 
-# %% ../nbs/00_data.ipynb #19fcc00d
 def class_labels(
     paths: list[str],            # relative to the folder, with `/`
     labels: bool | None = None,  # None: if there are any; True: they must be there; False: never
@@ -588,7 +585,7 @@ def as_image_set(
     if isinstance(source, (str, Path)): return image_folder(source, size, channels, None, white)
     if isinstance(source, np.ndarray): source = array_to_tensor(source)
     check_size(size, channels, range(1, MAX_CHANNELS + 1))
-    if isinstance(source, Tensor): source = numbers_to_set(to_nchw(source, channels), white)
+    if isinstance(source, Tensor): source = _numbers_to_set(to_nchw(source, channels), white)
     if not isinstance(source, ImageSet):
         raise UserError(f'Images come as folder, array, tensor or ImageSet, not as {type(source).__name__}.')
     if not len(source): raise UserError('There is no image in this set.')

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .data import ImageSet, UserError, show_images
-from .datasets import describe, one_line
+from .datasets import cache_dir, describe, one_line
 from .distributed import from_first, place
 from .evaluate import confusion, contingency, grade, hungarian_match, kmeans_baseline, majority_match
 from .n_clusters import Suggestion, plot_suggestion
@@ -153,12 +153,24 @@ def _kmeans(outcomes, splits, device): # baseline -> split -> int32
         x = splits[split].images[rows]
         return embed(pretext, center_crop(x, r.size or min(x.shape[2:])))
     for see in (pixels, features)[splits[first].facts.get('blank', 0):]:   # features alone
-        every = torch.cat([see(*part) for part in some.items()])
-        x, like = see(first, fitted), dict(normalize=see is features, on=every)
-        clusters = kmeans_baseline(x, r.n_clusters, r.seed, **like)
+        seen = {k: see(k, rows) for k, rows in some.items()}
+        x = seen[first] if some[first].equal(fitted) else see(first, fitted)
+        every = x if len(seen) == 1 and x is seen[first] else torch.cat([*seen.values()])
+        clusters = kmeans_baseline(x, r.n_clusters, r.seed, normalize=see is features, on=every)
         parts = zip(some, clusters.int().split([len(rows) for rows in some.values()]))
         found[f'kmeans_{see.__name__}'] = {k: part.clone() for k, part in parts}
     return found
+
+# %% ../nbs/12a_report.ipynb #f3e6c900
+def _map(features, seed, keep): # M×D; keep: in the cache
+    "`embed_2d`; it does not depend on clusters, so another run with these features has it already."
+    saved = Checkpoint(cache_dir()/f"map-{digest(dict(z=features, seed=seed))}.pth.tar") if keep else None
+    found = saved and saved.load()
+    if found is None:
+        found = dict(points=embed_2d(features, seed))
+        if saved: saved.save(**found)
+    elif found.keys() != {'points'}: raise saved.unusable('is of another kind')
+    return found['points']
 
 # %% ../nbs/12a_report.ipynb #12a00006
 def compare(
@@ -176,7 +188,9 @@ def compare(
     wanted = last.clusters and any(data.labels is not None for data in splits.values())
     if found and (found['clusters'] or not wanted): return found | dict(index=index)
     if not found:
-        points = from_first(embed_2d(features[index], last.recipe.seed) if n and not place()[0] else None)
+        keep = saved and outcomes[0].recipe.backbone.startswith('frozen:')   # others learn theirs
+        points = _map(features[index], last.recipe.seed, keep) if n and not place()[0] else None
+        points = from_first(points)
         found = dict(points=points, clusters={})
     if wanted: found['clusters'] = _kmeans(outcomes, splits, device)
     if saved and not place()[0]: saved.save(**found)

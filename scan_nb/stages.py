@@ -266,7 +266,8 @@ def _frozen(stage, model, split): # N×D, or None
     if stage.folder: kept = cache_dir()/f"features-{fingerprint_images(ImageSet(images))['sha256']}"
     r = stage.recipe
     name = digest(model.backbone.state_dict() | {'how': f'{r.backbone} {stage.device.type} {r.precision}'})
-    return embed_blocks(lambda part: embed(model, part), images, kept, name, label=stage.bar('frozen'))
+    few = 8 if stage.device.type == 'cpu' else None   # at a time; they fit into its caches, which is faster
+    return embed_blocks(lambda part: embed(model, part, few), images, kept, name, label=stage.bar('frozen'))
 
 # %% ../nbs/12_stages.ipynb #1200002d
 def run_pretext(
@@ -425,7 +426,7 @@ def estimate_seconds(
     r, s, stage = recipe.pretext, recipe.scan, Stage(recipe.pretext, images, device=device)
     n, few, g = len(stage.data), min(len(stage.data), 4096), make_generator(0)
     frozen, trainer = r.setup == 'frozen', TRAINERS.get(r.setup)
-    part = stage.data.images[:32 if frozen else 3*r.batch_size]
+    part = stage.data.images[:8 if frozen else 3*r.batch_size]
     model = make_model(r, stage.shape, make_normalize(r, images=part), n_networks=1).to(stage.device)
     def step(): return embed(model, part) if frozen else trainer(
         tune(model, r.precision), part, stage.views(), epochs=1, batch_size=r.batch_size, lr=0.)

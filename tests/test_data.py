@@ -558,6 +558,49 @@ def test_a_bomb_is_skipped(folder, monkeypatch):
     x = image_folder(folder)
     assert x.paths == ['x.png'] and 'bomb' in x.skipped[0][1].lower()
 
+LARGE = {'RGBA': lambda x, a: np.dstack([x, a]), 'LA': lambda x, a: np.dstack([x[..., 0], a]),
+         'RGB': lambda x, a: x, 'L': lambda x, a: x[..., 0],
+         '16 bits': lambda x, a: x[..., 0].astype(np.uint16)*257}
+
+@pytest.mark.parametrize('kind', LARGE)
+@pytest.mark.parametrize('shape', [(1500, 1100), (1103, 2001)])   # several strips; a remainder at each end
+def test_a_large_picture_is_reduced_in_strips(folder, monkeypatch, kind, shape):
+    x = np.asarray(Image.fromarray(load_sample_image('china.jpg')).resize(shape[::-1]))
+    a = np.asarray(Image.fromarray(noise(20, 20)).resize(shape[::-1]))
+    path = save(folder/'x.png', LARGE[kind](x, a))
+    image, turned = Image.open(path), Image.Exif()
+    image.load()
+    turned[274] = 6
+    whole = image if kind == '16 bits' else image.convert('RGBA' if kind[-1] == 'A' else kind)
+    if kind == '16 bits': whole = data._to_8bit(image, None)
+    want = data.upright_8bit(whole.reduce(7), None)
+    strips, crop = [], Image.Image.crop
+    def cut(self, box):
+        strips.append(box)
+        return crop(self, box)
+    monkeypatch.setattr(Image.Image, 'crop', cut)
+    found = data.upright_8bit(image, None, 7)
+    assert len(strips) > 1 and (np.asarray(found.convert('RGB')) == np.asarray(want.convert('RGB'))).all()
+    image.info['exif'] = turned.tobytes()   # turned after it was reduced
+    image._exif = None
+    turned = np.asarray(data.upright_8bit(image, None, 7).convert('RGB'))
+    assert (turned == np.rot90(np.asarray(want.convert('RGB')), -1)).all()
+    ordinary = decode_image(path, 48, 3).astype(int)
+    monkeypatch.setattr(data, '_in_turn', lambda image: data.LARGE)
+    assert np.abs(decode_image(path, 48, 3) - ordinary).mean() < 2   # of what is averaged twice
+
+def test_memory_of_large_pictures_and_their_warning(folder, monkeypatch, recwarn):
+    save(folder/'x.png', noise(40, 40))
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)   # warns from there, refuses from twice as much
+    assert len(image_folder(folder)) == 1 and not recwarn.list
+    assert Image.core.get_block_size() >= 2**25   # what malloc of glibc always gives back
+
+def test_strips_tell_gray_from_color(folder):
+    x = np.full((1200, 1000, 3), 7, np.uint8)
+    assert data._only_gray(save(folder/'x.png', x))
+    x[-1, -1, 0] = 8
+    assert not data._only_gray(save(folder/'x.png', x))
+
 def test_reads_in_order_with_gaps(folder):
     files = [save(folder/f'{i}.png', np.full((4, 4), i, np.uint8)) for i in range(60)]
     for i in (0, 7, 8, 59): files[i].write_bytes(b'')

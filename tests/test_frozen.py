@@ -13,7 +13,7 @@ from scan_nb.recipe_files import find_recipe, load_stages, to_yaml
 from scan_nb.recipes import frozen_recipe
 from scan_nb.run_folder import read_run
 from scan_nb.sources import as_image_set
-from scan_nb.training import seeded
+from scan_nb.training import Checkpoint, seeded
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 TINY = 'timm:test_efficientnet.r160_in1k'   # of timm's own tests: a third of a million weights
@@ -178,6 +178,24 @@ def test_other_heads_on_the_same_features(recipe, passed, tmp_path):
     SCAN(recipe=recipe, device='cpu').fit(data)   # in memory nothing is kept
     assert sum(passed) == 80
 
+def test_one_map_of_the_same_features(recipe, tmp_path, monkeypatch):
+    "Runs that differ in their clusters share it; other features, or another seed, have another."
+    data, drawn, embed_2d = digits()[:40], [], report.embed_2d
+    monkeypatch.setattr(report, 'embed_2d', lambda z, seed: drawn.append(seed) or embed_2d(z, seed))
+    def points(name, images=data, k=3, **more):
+        SCAN(k, recipe=recipe, device='cpu', out=tmp_path/name, **more).fit(images)
+        return np.load(tmp_path/name/'examples.npz')['points']
+    a, b = points('a'), points('b', k=4)
+    assert (a == b).all() and drawn == [0]
+    points('c', seed=1)
+    points('d', digits()[40:80])
+    assert drawn == [0, 1, 0]
+    for i, damage in enumerate((b'x', None)):
+        for file in (tmp_path/'cache'/'scan_nb').glob('map-*'):
+            if damage: file.write_bytes(damage)
+            else: Checkpoint(file).save(z=0)
+        with pytest.raises(UserError, match='map-'): points(f'e{i}')
+
 def test_predict_agrees_with_the_run(recipe, tmp_path):
     data = digits()[:60]
     scan = SCAN(recipe=recipe, device='cpu', out=tmp_path/'run').fit(data.images)
@@ -233,7 +251,7 @@ def test_command(pictures, weights, tmp_path, capsys, passed):
     assert main(words) == 0
     out = capsys.readouterr().out
     assert '160×160' in out and 'Report:' in out and 'is made for a GPU' not in out
-    assert sum(passed) == 3*30   # twice for the estimate
+    assert sum(passed) == 30 + 2*8   # eight, twice, for the estimate
     assert [o.recipe.stage for o in read_run(run)] == ['pretext', 'scan']
     rows = (run/'clusters.csv').read_text().splitlines()
     assert main(['predict', str(run), str(pictures), '--device', 'cpu']) == 0
