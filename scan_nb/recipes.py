@@ -437,7 +437,7 @@ OURS['fashion-mnist best'] = replace(OURS['fashion-mnist'].change({   # two netw
 # %% ../nbs/11_recipes.ipynb #afbbe43c
 FROZEN = FOLDER.change({   # heads on features of a network that others trained
     'backbone': 'frozen:efficientnet-lite0', 'fit': 'whole', 'kind': 'photographs',
-    'pretext.setup': 'frozen', 'pretext.head': 'linear', 'pretext.epochs': 1, 'pretext.whiten': .1,
+    'pretext.setup': 'frozen', 'pretext.head': 'linear', 'pretext.epochs': 1, 'pretext.whiten': .5,
     'scan.tried_heads': 16, 'scan.heads_decay': .2, 'scan.head_choice': 'both', 'scan.epochs': 0,
     'selflabel.epochs': 0})
 
