@@ -3,7 +3,7 @@ import numpy as np
 import pytest, timm, torch
 from PIL import Image
 from torch.nn import functional as F
-from scan_nb import frozen, pipeline, stages
+from scan_nb import frozen, pipeline, report, stages
 from scan_nb.cli import main
 from scan_nb.data import UserError, digits, to_color
 from scan_nb.frozen import (FEATURES, FrozenNet, embed_blocks, find_features, load_frozen, make_frozen)
@@ -31,6 +31,11 @@ def recipe(weights): return frozen_recipe(TINY, weights).change(FEW | {'n_cluste
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path): monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    "They take longer than a tiny run."
+    monkeypatch.setattr(report, 'draw_figures', lambda run: {})
 
 @pytest.fixture
 def passed(monkeypatch): # images that went through a network
