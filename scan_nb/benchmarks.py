@@ -53,7 +53,8 @@ def photo_tiles(
 
 # %% ../nbs/benchmarks.ipynb #0dcff67b
 def cores() -> int:  # at least 1
-    "How many cores this process may use."
+    "How many cores this process may use: as many as OMP_NUM_THREADS says, or all that it is given."
+    if (asked := os.environ.get('OMP_NUM_THREADS', '')).isdigit(): return max(1, int(asked))
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 # %% ../nbs/benchmarks.ipynb #0a1a3015

@@ -187,7 +187,9 @@ def read_matrix(
     "Features of N images. Raises UserError for anything but finite numbers, or without pyarrow for .parquet."
     file = Path(source).expanduser() if isinstance(source, (str, Path)) else 'The matrix'
     x = _pick_matrix(_arrays(file), file) if isinstance(file, Path) else source
-    try: x = x.detach().cpu() if isinstance(x, Tensor) else torch.from_numpy(np.array(x, np.float32))
+    try:
+        if isinstance(x, ImageSet): raise TypeError   # NumPy would take each pixel as a list of lists
+        x = x.detach().cpu() if isinstance(x, Tensor) else torch.from_numpy(np.array(x, np.float32))
     except (TypeError, ValueError):
         raise UserError(f'Features are a matrix of numbers, not {type(x).__name__}.') from None
     if x.ndim != 2 or not x.numel():

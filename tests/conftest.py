@@ -2,9 +2,12 @@
 import pytest
 import torch
 
+LONG = ('test_pipeline', 'test_stages', 'test_cli', 'test_distributed', 'test_faults', 'test_matrix',
+        'test_benchmarks')
+
 def pytest_collection_modifyitems(items):
-    "Notebooks are executed first, so that what takes longest is not left for the end; a file stays together."
-    items.sort(key=lambda item: not item.name.startswith('test_runs['))
+    "Notebooks are executed first, then long files, so that little is left at the end; a file stays whole."
+    items.sort(key=lambda item: (not item.name.startswith('test_runs['), item.path.stem not in LONG))
     for item in items:
         if not item.name.startswith('test_runs['): item.add_marker(pytest.mark.xdist_group(item.path.stem))
 

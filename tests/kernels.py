@@ -10,8 +10,8 @@ import subprocess
 import sys
 from threading import Lock
 
-IMPORTED = ('ipykernel.kernelapp', 'ipykernel.zmqshell', 'torch', 'numba', 'matplotlib.figure',
-            'sklearn.cluster', 'sklearn.datasets', 'sklearn.manifold')
+IMPORTED = ('ipykernel.kernelapp', 'ipykernel.zmqshell', 'torch', 'torch._dynamo', 'torchvision', 'numba',
+            'matplotlib.figure', 'sklearn.cluster', 'sklearn.datasets', 'sklearn.manifold')
 
 class Kernel:
     "What `subprocess.Popen` is to jupyter_client."

@@ -31,6 +31,12 @@ def work(words, files, env, first):
     if first: first()
     sys.exit(main(words))
 
+def forked(function, *args):
+    "A call of a test file's function in another process, which has begun and imports only that file."
+    process = serve().Process(target=function, args=args)
+    process.start()
+    return process
+
 def without_figures(): report.draw_figures = lambda run: {}   # they take longer than a tiny run
 
 def start(*words, out, first=None, **env):

@@ -52,10 +52,13 @@ def check_pictures(results):
     assert len(plot_growth(results['growth']['growth']).lines) > 6
     assert len(plot_checks({})) == 2
 
+def copied(values): return json.loads(json.dumps(values))   # as they come out of another process
+
 def test_all_cases_run(tmp_path, monkeypatch, subtests):
     "What the command says and writes. Processes of its own cost imports; one is started below."
-    here = lambda name, **options: getattr(benchmarks, name)(**options)
+    def here(name, **options): return copied(getattr(benchmarks, name)(**copied(options)))
     monkeypatch.setattr(benchmarks, 'run_apart', here)
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')   # beside other tests, two threads wait busily for each other
     file = tmp_path/'all.json'
     with redirect_stdout(io.StringIO()) as out: code = main(['bench', '--quick', '--json', str(file)])
     said, results = out.getvalue(), json.loads(file.read_text())
@@ -142,6 +145,13 @@ def test_ways_take_turns():
     seconds = interleave(ways, 3)
     assert order == list('ababab') and {len(v) for v in seconds.values()} == {3}
     assert interleave(dict(a=lambda: order.append('c')), 2, turn=.01)['a'][0] < .01 and order.count('c') > 2
+
+def test_cores_are_those_asked_for(monkeypatch):
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    all_cores = benchmarks.cores()
+    for asked, found in (('3', 3), ('0', 1), ('2,1', all_cores), ('', all_cores)):
+        monkeypatch.setenv('OMP_NUM_THREADS', asked)
+        assert benchmarks.cores() == found
 
 def test_threads_are_given_back():
     before = torch.get_num_threads()

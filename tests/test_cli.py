@@ -208,11 +208,11 @@ def test_a_run_says_what_it_understood(tmp_path, capsys, no_figures):
     assert metrics['data'] == said[:4] and metrics['images'] == dict(train=41, test=20)
     assert said[0] in (out/'report.html').read_text()
 
-@pytest.mark.parametrize('name', ['$\\badmacro$', 'a$b$c', '%s{}', '<b>'])
-def test_a_class_may_have_any_name(tmp_path, name):
-    folder = Path(with_labels(tmp_path/'d', 3))
-    (folder/'class0').rename(folder/name)
-    assert main(['run', str(folder), '--out', str(tmp_path/'run'), *TINY]) == 0
+def test_a_class_may_have_any_name(tmp_path):
+    folder = Path(with_labels(tmp_path/'d', 4))
+    for i, name in enumerate(('$\\badmacro$', 'a$b$c', '%s{}', '<b>')):
+        (folder/f'class{i}').rename(folder/name)
+    assert main(['run', str(folder), '--out', str(tmp_path/'run'), *TINY, '--n-clusters', '4']) == 0
     assert (tmp_path/'run/figures/confusion.png').stat().st_size > 1000
 
 KILL = signal.SIGKILL

@@ -5,8 +5,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
-import sys
 import tarfile
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -20,7 +18,7 @@ import torchvision.datasets as tv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from run_notebooks import ROOT
+from shell import forked, server
 from test_data import damaged, noise, refused, save
 
 from scan_nb import data, datasets
@@ -234,21 +232,21 @@ def test_the_cache_is_an_ordinary_file(folder, cache):
     x, (skipped, _) = np.load(file), json.loads(file.with_suffix('.json').read_text())
     assert x.shape == (8, 3, 10, 10) and len(skipped) == 7 and x[0].any() and not x[1:].any()
 
+def read_when_told(folder, cache, told, said):
+    told.recv()
+    x = image_folder(folder, cache=cache)
+    said.send((len(x), len(x.skipped), hashlib.sha256(x.images.numpy().tobytes()).hexdigest()))
+
 def test_two_processes_write_at_once(folder, cache):
     for i in range(300): save(folder/f'{i:03}.png', noise(12, 12, seed=i))
     (folder/'007.png').write_bytes(b'')
-    code = ('import sys, hashlib; from scan_nb.datasets import image_folder; sys.stdin.readline();'
-            'x = image_folder(sys.argv[1], cache=sys.argv[2]);'
-            'print(len(x), len(x.skipped), hashlib.sha256(x.images.numpy().tobytes()).hexdigest())')
-    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    command, pipe = [sys.executable, '-c', code, folder, cache], subprocess.PIPE
-    runs = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env) for _ in range(2)]
-    for r in runs:
-        r.stdin.write('go\n')
-        r.stdin.flush()
+    (told, tell), (heard, said) = (server.Pipe(duplex=False) for _ in range(2))
+    both = [forked(read_when_told, folder, cache, told, said) for _ in range(2)]
+    for _ in both: tell.send('go')
     x, _ = read_images(find_images(folder), 12, 1)
-    want = f'299 1 {hashlib.sha256(x.numpy().tobytes()).hexdigest()}\n'
-    assert [r.communicate()[0] for r in runs] == [want]*2
+    want = 299, 1, hashlib.sha256(x.numpy().tobytes()).hexdigest()
+    for process in both: process.join()
+    assert [heard.poll() and heard.recv() for _ in both] == [want]*2
     assert len(list(cache.iterdir())) == 2
 
 # -- a folder with tables --

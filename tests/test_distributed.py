@@ -385,24 +385,28 @@ def test_two_processes_use_a_run_as_one_does(chains, pictures, tmp_path, capsys,
 
 def test_torchrun(tmp_path):
     "The whole way, by torchrun itself: one report, and every line once."
-    run, recipe = tmp_path/'run', tmp_path/'all.yml'
+    run, recipe, source = tmp_path/'run', tmp_path/'all.yml', tmp_path/'digits'
     recipe.write_text(to_yaml(RECIPE))
+    for i, (x, y) in enumerate(zip(IMAGES[:, 0], digits().labels.tolist())):
+        file = source/f"{'test' if i % 4 == 0 else 'train'}/{y}/{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x.numpy()).save(file)
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', '-m', 'scan_nb', 'run',
-               'digits', '--epochs', '1', '--recipe', recipe, '--device', 'cpu', '--out', run]
+               source, '--epochs', '1', '--recipe', recipe, '--device', 'cpu', '--out', run]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True,
                           env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if not line.startswith('Note: ')]
-    assert sum(line.startswith('1,500 train and 297 test images of 8×8 pixels, gray') for line in rows) == 1
+    assert sum(line.startswith('72 train and 24 test images of 8×8 pixels, gray') for line in rows) == 1
     rows = rows[[line.startswith('10 clusters') for line in rows].index(True):]
     names = [re.split(', percent|  +', row)[0] for row in rows]
     steps = ['k-means on pixels', 'k-means on features', 'Heads on fixed features', 'SCAN, the whole network',
              'Self-labelling']
-    assert names[:-2] == ['10 clusters of 1,500 images', 'train images', *steps, 'test images', *steps]
+    assert names[:-2] == ['10 clusters of 72 images', 'train images', *steps, 'test images', *steps]
     assert rows[-2:] == [f"Clusters: {run/'clusters.csv'}", f"Report:   {run/'report.html'}"]
     assert all(f'{bar}: 100%' in done.stderr for name, bar in LABELS.items()
                if name not in ('moco', 'frozen'))
-    for name, n in {'clusters.csv': 1500, 'clusters-test.csv': 297}.items():
+    for name, n in {'clusters.csv': 72, 'clusters-test.csv': 24}.items():
         assert len((run/name).read_text().splitlines()) == n + 1
     assert len(list(tmp_path.rglob('report.html'))) == 1
 

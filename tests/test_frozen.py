@@ -32,6 +32,11 @@ def recipe(weights): return frozen_recipe(TINY, weights).change(FEW | {'n_cluste
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path): monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
 
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    "They take longer than a tiny run."
+    monkeypatch.setattr(report, 'draw_figures', lambda run: {})
+
 @pytest.fixture
 def passed(monkeypatch): # images that went through a network
     seen, forward = [], FrozenNet.forward

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
-from scan_nb import frozen
+from scan_nb import frozen, report
 from scan_nb.cli import main
 from scan_nb.data import UserError, digits
 from scan_nb.frozen import add_features, read_matrix
@@ -26,6 +26,11 @@ def z(data): return data.images.flatten(1).float()
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path): monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    "They take longer than a tiny run."
+    monkeypatch.setattr(report, 'draw_figures', lambda run: {})
 
 def few(**options): return SCAN(recipe=FROZEN.change(FEW), device='cpu', **options)
 
@@ -90,7 +95,7 @@ def test_with_images_and_without(data, z, tmp_path):
     rows = list(csv.DictReader((tmp_path/'b/clusters.csv').open()))
     assert [int(r['cluster']) for r in rows] == alone.labels_.tolist()
 
-def test_predict_takes_features(data, z, tmp_path):
+def test_predict_takes_features(data, z, tmp_path, no_figures):
     scan = few(out=tmp_path/'run').fit(embeddings=z[:90], test=z[90:])
     loaded = SCAN.load(tmp_path/'run', 'cpu')
     for s in (scan, loaded):
@@ -101,7 +106,7 @@ def test_predict_takes_features(data, z, tmp_path):
     assert 0 <= scan.score(z, data.labels) <= 1
     assert scan.metrics_['splits']['test']['n_images'] == 30
 
-def test_other_features_are_another_run(z, tmp_path):
+def test_other_features_are_another_run(z, tmp_path, no_figures):
     few(out=tmp_path/'run').fit(embeddings=z)
     with pytest.raises(UserError, match='holds other results'): few(out=tmp_path/'run').fit(embeddings=z + 1)
 
@@ -117,7 +122,7 @@ def test_any_recipe_gives_its_heads(z):
     assert len(SCAN(recipe=base, device='cpu').fit(embeddings=z).labels_) == 120
 
 def test_suggested_number(z):
-    scan = few(n_clusters='auto').fit(embeddings=z)
+    scan = few(n_clusters='auto').fit(embeddings=z[:40])
     k = scan.suggestion_.n_clusters
     assert k == scan.recipe_.n_clusters == len(scan.metrics_['splits']['all']['sizes'])
 
@@ -131,7 +136,7 @@ def folder(data, tmp_path):
     return tmp_path
 
 @pytest.mark.parametrize('source', [True, False])
-def test_command(folder, z, capsys, source):
+def test_command(folder, z, capsys, source, no_figures):
     np.save(folder/'z.npy', z[:60])
     run, given = folder/'run', ['--embeddings', str(folder/'z.npy')]
     assert main(['run', *[str(folder/'pictures')]*source, *given, '--out', str(run), *WORDS]) == 0

@@ -17,6 +17,7 @@ from scan_nb.training import Checkpoint, CosineSchedule, make_generator, seeded
 from scan_nb.distributed import gather, place
 from torch import nn
 from torch.nn import functional as F
+from shell import serve
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -184,7 +185,9 @@ def process(rank, file, results):
     dist.destroy_process_group()
 
 def test_two_processes_share_a_queue_and_every_key_comes_home(tmp_path):
-    torch.multiprocessing.spawn(process, (str(tmp_path/'meet'), str(tmp_path)), nprocs=2)
+    serve()
+    torch.multiprocessing.start_processes(process, (str(tmp_path/'meet'), str(tmp_path)), nprocs=2,
+                                          start_method='forkserver')
     a, b = (torch.load(tmp_path/f'{rank}.pt') for rank in (0, 1))
     both = torch.tensor([*range(6), *range(10, 16)]).float().view(12, 1)
     for one, rank in ((a, 0), (b, 1)):

@@ -1,5 +1,5 @@
 "The estimator: equal runs, any kill survived, labels only grade, scikit-learn's ways, wrong input refused."
-import csv, inspect, io, json, os, pathlib, shutil, signal, subprocess, sys, textwrap
+import csv, inspect, io, json, os, pathlib, shutil, signal
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
@@ -8,6 +8,7 @@ from PIL import Image
 from sklearn.base import clone, is_clusterer
 from test_stages import (HOMES, OTHER, TINY, Killed, content, die_at_every_write, listing, never, plain,
                          three_digits, until_done)
+from shell import forked
 from torch.nn import functional as F
 from scan_nb import moco, recipes, report, run_folder, selflabel, simclr, stages, training
 from scan_nb import scan as scan_lesson
@@ -22,7 +23,6 @@ from scan_nb.run_folder import read_run
 from scan_nb.stages import run_pretext, run_scan
 from scan_nb.training import Checkpoint
 
-REPO = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture(scope='module', autouse=True)
@@ -312,22 +312,20 @@ def test_killed_at_every_file_and_continued(whole, data, tmp_path, monkeypatch):
     assert {f.name for f in deaths} >= {*TOP, 'stage.json', *(
         f'{name}.pth.tar' for name in ('checkpoint', 'heads', 'outcome', 'model', 'compare'))}
 
+def dies(folder):
+    "The run, which ends after the first checkpoint of scan."
+    torch.set_num_threads(1)
+    save = Checkpoint.save
+    def deadly(self, **state):
+        save(self, **state)
+        if self.path.parts[-2:] == ('scan', 'checkpoint.pth.tar'): os.kill(os.getpid(), signal.SIGKILL)
+    Checkpoint.save = deadly
+    SCAN(recipe=TINY, device='cpu', out=folder).fit(three_digits())
+
 def test_a_real_kill(whole, tmp_path):
-    program = textwrap.dedent(f'''
-        import os, signal, sys, torch
-        sys.path.insert(0, {str(REPO/'tests')!r})
-        torch.set_num_threads(1)
-        from test_stages import TINY, three_digits
-        from scan_nb.pipeline import SCAN
-        from scan_nb.training import Checkpoint
-        save = Checkpoint.save
-        def deadly(self, **state):
-            save(self, **state)
-            if self.path.parts[-2:] == ('scan', 'checkpoint.pth.tar'): os.kill(os.getpid(), signal.SIGKILL)
-        Checkpoint.save = deadly
-        SCAN(recipe=TINY, device='cpu', out={str(tmp_path/'run')!r}).fit(three_digits())''')
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(REPO), os.environ.get('PYTHONPATH', '')])}
-    assert subprocess.run([sys.executable, '-c', program], env=env).returncode == -signal.SIGKILL
+    process = forked(dies, tmp_path/'run')
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     left = {f.name for f in (tmp_path/'run/scan').iterdir()}
     assert 'checkpoint.pth.tar' in left and 'model.pth.tar' not in left
     tiny(tmp_path/'run').fit(three_digits())

@@ -1,10 +1,11 @@
 "The loop, its schedule and its checkpoint: closed forms, bit-equal resume, kills, damage, wrong input."
-import io, math, os, random, signal, subprocess, sys, textwrap, time
+import io, math, os, random, signal, sys, time
 from contextlib import redirect_stderr
 from pathlib import Path
 import numpy as np
 import pytest, torch
 from hypothesis import given, settings, strategies as st
+from shell import forked, server
 from torch import nn
 from torch.nn import functional as F
 from scan_nb import training
@@ -13,7 +14,6 @@ from scan_nb.models import small_resnet
 from scan_nb.training import (Checkpoint, CosineSchedule, StepSchedule, autocast, check_plain, cosine_factor,
                               make_generator, pick_device, seed_everything, seeded, steps_per_epoch, tune)
 
-REPO = Path(__file__).parents[1]
 batches, train = training.batches, training.train   # of one process; test_distributed.py compares the others
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -319,49 +319,47 @@ def test_neighboring_files_are_left_alone(tmp_path):
     c.save(value=1)
     assert sorted(os.listdir(tmp_path)) == sorted([*others, 'c[1].pt'])
 
-def run_script(code, *args):
-    return subprocess.Popen([sys.executable, '-c', textwrap.dedent(code), *map(str, args)], cwd=REPO,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def save_slowly(path, said):
+    Checkpoint(path).save(value=1, w=torch.ones(1000))
+    real = torch.save
+    def slow(state, file):
+        real(state, file)
+        file.flush()
+        said.send('writing')
+        time.sleep(60)
+    torch.save = slow
+    Checkpoint(path).save(value=2, w=torch.ones(1000))
+
+def pipe(): return server.Pipe(duplex=False)
 
 def test_sigkill_in_the_middle_of_a_save(tmp_path):
-    p = run_script('''
-        import sys, time, torch
-        from scan_nb.training import Checkpoint
-        Checkpoint(sys.argv[1]).save(value=1, w=torch.ones(1000))
-        real = torch.save
-        def slow(state, file):
-            real(state, file)
-            file.flush()
-            print('writing', flush=True)
-            time.sleep(60)
-        torch.save = slow
-        Checkpoint(sys.argv[1]).save(value=2, w=torch.ones(1000))
-    ''', tmp_path/'c.pt')
-    assert p.stdout.readline() == 'writing\n'
-    p.send_signal(signal.SIGKILL)
-    p.wait()
+    heard, said = pipe()
+    p = forked(save_slowly, tmp_path/'c.pt', said)
+    assert heard.poll(100) and heard.recv() == 'writing'
+    p.kill()
+    p.join()
     assert len(os.listdir(tmp_path)) == 2
     c = Checkpoint(tmp_path/'c.pt')
     assert c.load()['value'] == 1
     c.save(value=3)                                                  # the left-over is no obstacle
     assert c.load() == dict(value=3) and os.listdir(tmp_path) == ['c.pt']
 
+def save_on_and_on(path, said):
+    c = Checkpoint(path)
+    for i in range(1, 10**6):
+        c.save(i=i, w=torch.full((200_000,), float(i)))
+        said.send(i)
+
 def test_sigkill_at_random_moments(tmp_path):
-    path = tmp_path/'c.pt'
-    p = run_script('''
-        import sys, torch
-        from scan_nb.training import Checkpoint
-        c = Checkpoint(sys.argv[1])
-        for i in range(1, 10**6):
-            c.save(i=i, w=torch.full((200_000,), float(i)))
-            print(i, flush=True)
-    ''', path)
-    p.stdout.readline()
+    path, (heard, said), last = tmp_path/'c.pt', pipe(), 1
+    p = forked(save_on_and_on, path, said)
+    assert heard.poll(100)
     time.sleep(.37)
-    p.send_signal(signal.SIGKILL)
-    out, _ = p.communicate()
+    p.kill()
+    p.join()
+    while heard.poll(): last = heard.recv()
     state = Checkpoint(path).load()
-    assert state['i'] >= int((out.split() or [1])[-1]) and (state['w'] == state['i']).all()
+    assert state['i'] >= last and (state['w'] == state['i']).all()
 
 # -- batches --
 
@@ -459,21 +457,20 @@ def test_resume_is_bit_equal(tmp_path, optimizer, schedule, stop):
     assert seen == list(range(stop + 1, 7))
     assert resumed == history and same(net, straight)
 
+def train_until(path, last, said):
+    torch.set_num_threads(1)                                         # sums in another order: other bits
+    def tell(epoch):
+        said.send(epoch)
+        if epoch == last: os.kill(os.getpid(), signal.SIGKILL)
+    setup()[2](checkpoint=Checkpoint(path), monitor=tell)
+
 def test_resume_after_sigkill(tmp_path):
-    script = '''
-        import os, signal, sys, torch
-        sys.path.insert(0, 'tests')
-        torch.set_num_threads(1)                                     # sums in another order: other bits
-        from test_training import setup, Checkpoint
-        net, opt, run = setup()
-        def tell(epoch):
-            print(epoch, flush=True)
-            if epoch == int(sys.argv[2]): os.kill(os.getpid(), signal.SIGKILL)
-        run(checkpoint=Checkpoint(sys.argv[1]), monitor=tell)
-    '''
-    p = run_script(script, tmp_path/'c.pt', 4)
-    out, err = p.communicate()
-    assert p.returncode == -signal.SIGKILL and out.split() == list('1234'), err
+    heard, said = pipe()
+    p = forked(train_until, tmp_path/'c.pt', 4, said)
+    p.join()
+    told = []
+    while heard.poll(): told.append(heard.recv())
+    assert p.exitcode == -signal.SIGKILL and told == [1, 2, 3, 4]
     straight, _, run = setup()
     history = run()
     net, _, run = setup(net=None)
