@@ -176,7 +176,7 @@ def test_names_with_line_ends(tmp_path, capsys, no_figures):
     assert main(['run', str(tmp_path/'in'), '--out', str(tmp_path/'run'), *TINY]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[1] == '2 classes, a c, b c, of 20 images, from the subfolders: they only grade.'
-    assert "1 unreadable, such as 'a c/x y.png' (an empty file)" in said[2] and 'Results' in said[3]
+    assert "1 unreadable, such as 'a c/x y.png' (an empty file)" in said[2] and 'Views' in said[3] and 'Results' in said[4]
     with open(tmp_path/'run/clusters.csv', newline='') as f: rows = list(csv.DictReader(f))
     assert {r['path'] for r in rows} == {f'{"ab"[i % 2]}\nc/{i}\n.png' for i in range(20)}
 
@@ -196,13 +196,15 @@ def test_a_run_says_what_it_understood(tmp_path, capsys, no_figures):
         out = folder/f'runs/{seed}'
         assert main(['run', str(folder), '--out', str(out), '--seed', str(seed), *TINY]) == 0
         said = capsys.readouterr().out.splitlines()
-        assert said[:5] == [
+        assert said[:6] == [
             '41 train and 20 test images of 8×8 pixels, gray, from 61 .gif, 2 .png of 8 to 16 pixels; '
             'the subfolders say which is which.',
             "3 classes, a, b, c, of 41 images, from the subfolders: they only grade.",
             "Left out: 2 unreadable, such as 'train/b/broken.png' (an empty file); 49 % of the pictures, "
             'beside their middle squares; 1 further pages or frames of 1 files; 1 .heic, which are not read.',
-            '1 images are exact copies of others.', f'Results: {out}']
+            '1 images are exact copies of others.',
+            'Views: as for photographs, since too few images to tell; --kind says otherwise.',
+            f'Results: {out}']
         assert any('ACC' in line for line in said)
     metrics = json.loads((out/'metrics.json').read_text())
     assert metrics['data'] == said[:4] and metrics['images'] == dict(train=41, test=20)
