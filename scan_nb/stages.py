@@ -107,9 +107,12 @@ class Stage:
         timed = all(data.times is not None for data in self.splits.values())
         if getattr(r, 'time_window', 0) and not (timed and r.index == 'exact'):
             raise UserError("time_window needs the times of the images (`image_folder`), and index 'exact'.")
-        model, n_all = self.model(), sum(len(data) for data in self.splits.values())
-        weights = sum(v.nbytes for v in model.state_dict().values())
-        self.room = 12*weights + n_all*(16*model.backbone.dim + 16*k + 200)   # bytes on disk, at most
+
+    @property
+    def room(self): # bytes on disk, at most
+        model, n = self.model(), sum(len(data) for data in self.splits.values())
+        k, weights = getattr(self.recipe, 'n_neighbors', None) or 0, model.state_dict().values()
+        return 12*sum(v.nbytes for v in weights) + n*(16*model.backbone.dim + 16*k + 200)
 
     def model(self, n_heads=1, start=None): # with the weights of the stage before, if there is one
         r, weights = self.recipe, start and start.weights
@@ -120,7 +123,7 @@ class Stage:
 
     def begin(self, before=None): # open the folder; the outcome, if the stage was finished before
         self.start = None if self.recipe.stage == 'pretext' else self.find_start(before)
-        if self.start: self.model(getattr(self.recipe, 'n_heads', 1), self.start)   # fits, or is refused here
+        self.begun = self.model(getattr(self.recipe, 'n_heads', 1), self.start)   # it can be, and weights fit
         if self.folder is None: return None
         start = self.start and self.start.sha256
         open_folder(self.folder, [self.recipe], self.images, self.device, start)
@@ -211,7 +214,7 @@ class Stage:
 def _find_features(stage): # a model that others trained, on the device
     "A frozen network, the published MoCo v2, or none, where features came as a matrix. Raises UserError."
     (kind, _, name), r = stage.recipe.backbone.partition(':'), stage.recipe
-    model = stage.model() if r.setup == 'frozen' else load_moco_v2(r.pretrained)
+    model = stage.begun if r.setup == 'frozen' else load_moco_v2(r.pretrained)
     if kind == 'frozen': load_frozen(model.backbone, name, r.pretrained)
     what = {'frozen': f'features of {name}, which others trained', 'matrix': 'features from elsewhere'}
     stage.note('pretext', [], True, what.get(kind) or f"the weights of '{Path(r.pretrained).name}'", 0.)
@@ -293,9 +296,9 @@ def run_pretext(
     return stage.finish(model, near, z, held_out=held_out)
 
 # %% ../nbs/12_stages.ipynb #1200003c
-def _start_model(stage, n_heads=1): # a ClusteringModel on the device; neighbors N×K
+def _start_model(stage): # a ClusteringModel on the device; neighbors N×K
     "Where a stage begins: a pretext model gives its backbone; neighbors that are missing are mined."
-    r, before, model = stage.recipe, stage.start, stage.model(n_heads, stage.start)
+    r, before, model = stage.recipe, stage.start, stage.begun
     tune(model.to(stage.device), r.precision, r.compile)
     near, n = before.neighbors, len(stage.data)
     k = getattr(r, 'n_neighbors', None) or (20 if near is None else near.shape[1])
@@ -360,7 +363,7 @@ def run_scan(
     "Learn clusters (SCAN, section 2.2). Raises UserError for wrong input or a missing pretext result."
     stage = Stage(recipe, images, folder, **options)
     if found := stage.begin(before): return found
-    model, neighbors = _start_model(stage, recipe.n_heads)
+    model, neighbors = _start_model(stage)
     if recipe.heads_epochs: _try_heads(stage, model, neighbors)
     return _train_clusters(stage, model, train_scan, neighbors, head_only=recipe.head_only,
                            remine_every=recipe.remine_every)
@@ -409,9 +412,9 @@ def run_stages(
     return found
 
 # %% ../nbs/12_stages.ipynb #d5b60d6a
-def _seconds_of(work): # a function
-    "The second time: the first may compile or allocate."
-    for _ in range(2):
+def _seconds_of(work, times=2): # a function
+    "The last time: the first may compile or allocate."
+    for _ in range(times):
         start = time.monotonic()
         work()
     return time.monotonic() - start
@@ -424,13 +427,14 @@ def estimate_seconds(
 ) -> dict[str, float]:            # step -> seconds
     "What a run will take. SCAN and self-labelling also pass two views of an image through the network."
     r, s, stage = recipe.pretext, recipe.scan, Stage(recipe.pretext, images, device=device)
-    n, few, g = len(stage.data), min(len(stage.data), 4096), make_generator(0)
+    n, few, g = len(stage.data), min(len(stage.data), 1024), make_generator(0)
     frozen, trainer = r.setup == 'frozen', TRAINERS.get(r.setup)
     part = stage.data.images[:8 if frozen else 3*r.batch_size]
     model = make_model(r, stage.shape, make_normalize(r, images=part), n_networks=1).to(stage.device)
     def step(): return embed(model, part) if frozen else trainer(
         tune(model, r.precision), part, stage.views(), epochs=1, batch_size=r.batch_size, lr=0.)
-    epoch = 0. if stage.data.embeddings is not None else r.n_networks*n/len(part)*_seconds_of(step)
+    given = stage.data.embeddings is not None
+    epoch = 0. if given else r.n_networks*n/len(part)*_seconds_of(step, 2 - frozen)
     z = torch.randn(few, r.n_networks*model.backbone.dim, generator=g).to(stage.device)
     k, power = min(r.n_neighbors, few - 1), 2 if r.index == 'exact' else 1
     near = torch.randint(few, (few, k), generator=g).to(stage.device)
