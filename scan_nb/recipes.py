@@ -485,8 +485,7 @@ def choices(
 ) -> dict:                # name, as for `change` -> its value, and why
     "What a recipe leaves open, chosen by the images and the machine."
     found, recipe, (n, c, h, w) = {}, next(iter(stages.values())), images.images.shape
-    frozen = recipe.backbone.startswith(NOT_TRAINED)
-    size = min(h, w) if frozen else recipe.size or min(h, w)
+    size = min(h, w) if (frozen := recipe.backbone.startswith(NOT_TRAINED)) else recipe.size or min(h, w)
     if recipe.channels is None: found['channels'] = c, f'the images are {name_channels(c)}'
     if white := images.facts.get('white'): found['white'] = white, 'by the highest value of the images'
     if frozen: found |= {'mean': ((0.,)*c, 'the network has its own'), 'std': ((1.,)*c, 'likewise')}
