@@ -256,7 +256,7 @@ def test_command(pictures, weights, tmp_path, capsys, passed):
     assert main(words) == 0
     out = capsys.readouterr().out
     assert '160×160' in out and 'Report:' in out and 'is made for a GPU' not in out
-    assert sum(passed) == 30 + 2*8   # eight, twice, for the estimate
+    assert sum(passed) == 30 + 8   # eight for the estimate
     assert [o.recipe.stage for o in read_run(run)] == ['pretext', 'scan']
     rows = (run/'clusters.csv').read_text().splitlines()
     assert main(['predict', str(run), str(pictures), '--device', 'cpu']) == 0
