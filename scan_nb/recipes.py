@@ -60,15 +60,18 @@ def make_views(
         raise UserError(f"The views '{views}' cannot be made of {options}: give numbers.") from None
 
 # %% ../nbs/11_recipes.ipynb #0babacca
+def _thumbnails(images): # M×C×H×W -> M×C×32×32 float
+    "Small ones, a few at a time."
+    return torch.cat([F.interpolate(to_float(x), (32, 32), mode='bilinear', antialias=True)
+                      for x in images.split(100)])
+
 def view_distance(
     images: Tensor,   # N×C×H×W, N at least 20; a thousand of them are looked at, 32×32 pixels each
     views: Callable,  # (images of 32×32, generator) -> a view of each
 ) -> tuple[float, float]:  # share of views farther out than their images, 0.5 by chance; median ratio
     "Are views still pictures of the set? Distances to the tenth nearest other image, views by images."
     g = make_generator(0)
-    few = images[torch.randperm(len(images), generator=g)[:1000].sort()[0]]
-    few = torch.cat([F.interpolate(to_float(x), (32, 32), mode='bilinear', antialias=True)
-                     for x in few.split(100)])
+    few = _thumbnails(images[torch.randperm(len(images), generator=g)[:1000].sort()[0]])
     z, v = (F.avg_pool2d(x, 2).flatten(1) for x in (few, views(few, g)))
     own, other = (torch.cdist(x, z).fill_diagonal_(INF).kthvalue(10, 1)[0] for x in (z, v))
     own, other = own[real := own > 1e-3], other[real]   # without copies of one image
@@ -81,8 +84,7 @@ def find_kind(
 ) -> tuple[str, str]:  # a key of KINDS, and why
     "The kind of pictures whose views suit, by a look at the images; photographs where in doubt."
     if len(images) < 200: return 'photographs', 'too few images to tell'
-    few = torch.cat([F.interpolate(to_float(x), (32, 32), mode='bilinear', antialias=True)
-                     for x in images[::-(-len(images)//1000)].split(100)])
+    few = _thumbnails(images[::-(-len(images)//1000)])
     lit = (few > .1).any(1).float().mean(0)   # by pixel: in what share of the images there is something
     if lit[disc_mask(34)[1:-1, 1:-1] == 0].max() < .01 and lit[[0, 15, 31, 15], [15, 0, 15, 31]].min() > .1:
         return 'all-sky', 'there is nothing outside a disc'
