@@ -156,7 +156,7 @@ def _stage(args): # of simclr, moco, frozen, scan or selflabel
     before = None if recipe.stage == 'pretext' else stage.find_start(args.start)
     most = len(stage.data) if recipe.stage == 'pretext' else recipe.n_clusters   # that names.yml may name
     with alone_in(check_folder(folder, most), 2**24 + stage.room):
-        RUN[recipe.stage](recipe, images, before, folder, **options)
+        RUN[recipe.stage](recipe, images, before, folder, seen=stage.seen, **options)
         summarize(read_run(folder), images, folder, options['device'])
 
 # %% ../nbs/13_cli.ipynb #f341120c
@@ -260,7 +260,7 @@ def _eval_file(args): # config_exp, model, visualize_prototypes
     split, data = list(stage.splits.items())[-1]
     if recipe.stage == 'pretext': scores = _score_features(stage, model, data)
     else:
-        p = logits_of(model, stage.seen(data.images)).softmax(1)
+        p = logits_of(model, stage.middle(data.images)).softmax(1)
         scores = grade(p.argmax(1), data.labels, p)
     _say(f'{split} ({len(data):,} images): {format_scores(scores)}')
     if 'acc' in scores: _say(f"Confusion matrix: {draw_confusion(p, data, file.parent/'confusion.png')}")

@@ -8,6 +8,7 @@ __all__ = ['SCAN']
 # %% ../nbs/12b_scan.ipynb #12b00004
 import math, sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from .files import writing
 from .run_folder import open_folder, read_model, write_model
 from .scan import logits_of
 from .sources import as_image_set, holds_pictures
-from .stages import estimate_seconds, run_stages
+from .stages import _are_kept, estimate_seconds, run_stages
 from .training import pick_device
 
 # %% ../nbs/12b_scan.ipynb #40190ff4
@@ -37,7 +38,9 @@ def _given(source, dim): # an ImageSet with N×dim features
     raise UserError(f'There are {d} features of each image, but {dim} are needed: use the same network.')
 
 # %% ../nbs/12b_scan.ipynb #6fd2a2e9
-def _say_estimate(recipe, images, device): # what a run will take, on stderr
+def _say_estimate(recipe, stage): # of the pretext task; what a run will take, on stderr
+    if _are_kept(stage): return   # the rest takes seconds
+    images, device = stage.images, stage.device
     minutes = {name: seconds/60 for name, seconds in estimate_seconds(recipe, images, device).items()}
     parts = ', '.join(f'{name} {m:.0f}' for name, m in minutes.items() if m >= 1)
     total = max(1, math.ceil(sum(minutes.values())))
@@ -92,7 +95,7 @@ class SCAN:
         new = progress and place()[1] == 1 and not (out and any(out.glob('**/checkpoint*')))
         auto, self.suggestion_ = self.n_clusters == 'auto', None
         outcomes = run_stages(recipe, splits, out, device=device, progress=progress,
-                              ready=(lambda: _say_estimate(recipe, splits, device)) if new else None,
+                              ready=partial(_say_estimate, recipe) if new else None,
                               count=self._suggest if auto else None)
         if auto: recipe = recipe.change({'n_clusters': self.suggestion_.n_clusters})
         self.metrics_ = summarize(outcomes, splits, out, device, report=True)

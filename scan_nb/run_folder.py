@@ -212,13 +212,13 @@ def check_folder(
 def open_folder(
     folder: str|Path,               # of the run: new, empty, or with the same stages
     recipes: Iterable[StageRecipe], # of the stages to come
-    images: dict[str, ImageSet],    # what they see: split -> images
+    images: dict[str, ImageSet|dict],  # what they see: split -> images, or their fingerprint
     device: torch.device,           # where they are trained
     start: str|None = None,         # hash of the weights that the stage starts from; None: not known yet
 ) -> Path:                          # the folder, made if need be
     "Begin or continue. Raises UserError for a folder with other things, other settings, images or weights."
     folder, changed, asked = check_folder(folder), [], {}
-    seen = {split: fingerprint_images(part) for split, part in images.items()}
+    seen = {k: part if isinstance(part, dict) else fingerprint_images(part) for k, part in images.items()}
     for r in recipes:
         file = folder/r.folder/'stage.json'
         old = read_json(file) if file.exists() else {}

@@ -120,7 +120,7 @@ def digits_model(
     "SimCLR on scikit-learn's digits, the running example of the course."
     images = digits().images.to(device)
     with seeded(seed):
-        model = ContrastiveModel(small_resnet(1, (32, 64, 128)), normalize=Normalize.fit(images)).to(device)
-    train_simclr(model, images, SimCLRAugment(8, **DIGITS_VIEWS), epochs=epochs, batch_size=256, lr=.1,
+        model = ContrastiveModel(small_resnet(1, (16, 32, 64)), normalize=Normalize.fit(images)).to(device)
+    train_simclr(model, images, SimCLRAugment(8, **DIGITS_VIEWS), epochs=epochs, batch_size=128, lr=.1,
                  temperature=.5, seed=seed)
     return model.eval()

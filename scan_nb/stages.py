@@ -7,7 +7,7 @@ __all__ = ['LABELS', 'TRAINERS', 'RUN', 'format_scores', 'Stage', 'find_pairs', 
            'run_stages', 'estimate_seconds']
 
 # %% ../nbs/12_stages.ipynb #12000004
-import time
+import re, time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +72,7 @@ class Stage:
     device: str|torch.device = 'cpu'  # where it is trained
     say: Callable = lambda line: None  # tells the user a line
     progress: bool = False       # show bars
+    seen: dict|None = None       # split -> `fingerprint_images`; None: made here, if there is a folder
 
     def __post_init__(self):
         self.folder = None if self.folder is None else Path(self.folder).expanduser()
@@ -107,6 +108,8 @@ class Stage:
         timed = all(data.times is not None for data in self.splits.values())
         if getattr(r, 'time_window', 0) and not (timed and r.index == 'exact'):
             raise UserError("time_window needs the times of the images (`image_folder`), and index 'exact'.")
+        if self.folder and self.seen is None:
+            self.seen = {split: fingerprint_images(part) for split, part in self.images.items()}
 
     @property
     def room(self): # bytes on disk, at most
@@ -126,7 +129,7 @@ class Stage:
         self.begun = self.model(getattr(self.recipe, 'n_heads', 1), self.start)   # it can be, and weights fit
         if self.folder is None: return None
         start = self.start and self.start.sha256
-        open_folder(self.folder, [self.recipe], self.images, self.device, start)
+        open_folder(self.folder, [self.recipe], self.seen, self.device, start)
         files = self.path/'model.pth.tar', self.path/'outcome.pth.tar'
         if not from_first(all(file.exists() for file in files)):
             if self.start and self.start.file: self.say(f'{self.name} starts from {self.start.file}')
@@ -148,8 +151,8 @@ class Stage:
                         f'run `scan-nb {command}` first, or name a file by --start.')
 
     def bar(self, name): return LABELS[name] if self.progress else None
-    def seen(self, images): return center_crop(images, self.size)
-    def look(self, split): return self.features.get(split, self.seen(self.splits[split].images))
+    def middle(self, images): return center_crop(images, self.size)
+    def look(self, split): return self.features.get(split, self.middle(self.splits[split].images))
     def embed(self, model): # N×D, of the images learned from
         z = self.look(next(iter(self.splits)))
         return z if z.ndim == 2 else embed(model, z)
@@ -162,7 +165,7 @@ class Stage:
         known = [] if labels is None else (labels >= 0).nonzero()[:, 0]
         if len(known) < 2: return None
         data = data[known[torch.linspace(0, len(known) - 1, min(2000, len(known))).round().long()]]
-        images = self.seen(data.images)
+        images = self.middle(data.images)
         def knn(epoch):
             if epoch % max(1, epochs//5) and epoch != epochs: return {}
             guess = weighted_knn(embed(model, images), data.labels, k=min(20, len(data) - 1))
@@ -261,14 +264,25 @@ def find_pairs(
     return embeddings, (mutual_neighbors(near) if r.mutual else near).cpu()
 
 # %% ../nbs/12_stages.ipynb #6f8bb70b
+def _kept(stage, split): # a folder in the cache, and how names of files begin
+    "Where features of a frozen network are kept."
+    r, which = stage.recipe, stage.seen[split]['sha256']
+    return cache_dir()/f'features-{which}', re.sub(r'[:/]', '-', f'{r.backbone}-{stage.size}')
+
+def _are_kept(stage): # of the pretext task
+    "Whether a run in a folder finds features of these images, by the network that it asks for."
+    if stage.recipe.setup != 'frozen' or stage.recipe.n_views or not stage.folder: return False
+    kept, name = _kept(stage, next(iter(stage.splits)))
+    return any(kept.glob(f'features-{name}-*'))
+
 def _frozen(stage, model, split): # N×D, or None
     "Features of a frozen network; a run in a folder keeps them for the next one with these images."
     if stage.recipe.setup != 'frozen' or stage.recipe.n_views: return None
     if (z := stage.splits[split].embeddings) is not None: return z
-    images, kept = stage.seen(stage.splits[split].images), None
-    if stage.folder: kept = cache_dir()/f"features-{fingerprint_images(ImageSet(images))['sha256']}"
-    r = stage.recipe
-    name = digest(model.backbone.state_dict() | {'how': f'{r.backbone} {stage.device.type} {r.precision}'})
+    r, images = stage.recipe, stage.middle(stage.splits[split].images)
+    kept, name = _kept(stage, split) if stage.folder else (None, '')
+    how = {'how': f'{r.backbone} {stage.device.type} {r.precision}'}
+    name = f'{name}-{digest(model.backbone.state_dict() | how)}'
     few = 8 if stage.device.type == 'cpu' else None   # at a time; they fit into its caches, which is faster
     return embed_blocks(lambda part: embed(model, part, few), images, kept, name, label=stage.bar('frozen'))
 
@@ -391,24 +405,24 @@ def run_stages(
     recipe: Recipe,               # complete, see `Recipe.for_images`
     images: dict[str, ImageSet],  # as for `run_pretext`
     folder: Path|None = None,     # of the run; a finished stage there is not repeated
-    ready: Callable|None = None,  # called when all is checked, before the first stage begins
+    ready: Callable|None = None,  # function(Stage), called when all is checked, before the first begins
     count: Callable|None = None,  # function(Outcome of the pretext task) -> n_clusters; None: the recipe's
     **options,                    # device, say, progress: see `Stage`
 ) -> list[Outcome]:               # one per stage; self-labelling of 0 epochs is left out
     "One stage after the other. Raises UserError for wrong input, of any stage, before the first begins."
-    found = []
-    stages = {name: r for name, r in recipe.stages.items() if r.epochs or name == 'scan'}
-    every = [Stage(r, images, folder, **options) for r in stages.values()]
-    most = len(every[0].data) if count else recipe.scan.n_clusters   # clusters that names.yml may name
+    found, stages = [], {name: r for name, r in recipe.stages.items() if r.epochs or name == 'scan'}
+    if folder: options |= dict(seen={split: fingerprint_images(part) for split, part in images.items()})
+    first, *_ = every = [Stage(r, images, folder, **options) for r in stages.values()]
+    most = len(first.data) if count else recipe.scan.n_clusters   # clusters that names.yml may name
     with alone_in(folder and check_folder(folder, most), 2**24 + sum(stage.room for stage in every)):
-        if folder: open_folder(folder, [*stages.values()][:1 if count else None], images, every[0].device)
-        if ready: ready()
+        if folder: open_folder(folder, [*stages.values()][:1 if count else None], first.seen, first.device)
+        if ready: ready(first)
         for name in stages:
             found.append(RUN[name](stages[name], images, found[-1] if found else None, folder, **options))
             if count and name == 'pretext':
                 stages = change(stages, {'n_clusters': count(found[0])})
                 if folder: check_folder(folder, stages['scan'].n_clusters)
-        if folder: found[-1].write_top(every[0].folder, stages)
+        if folder: found[-1].write_top(first.folder, stages)
     return found
 
 # %% ../nbs/12_stages.ipynb #d5b60d6a

@@ -13,6 +13,7 @@ from scan_nb.recipe_files import find_recipe, load_stages, to_yaml
 from scan_nb.recipes import frozen_recipe
 from scan_nb.run_folder import read_run
 from scan_nb.sources import as_image_set
+from scan_nb.stages import Stage
 from scan_nb.training import Checkpoint, seeded
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -171,13 +172,15 @@ def test_each_image_passes_once(recipe, passed, tmp_path):
     again = SCAN(recipe=recipe, device='cpu', out=tmp_path/'run').fit(data[:40], test=data[40:])
     assert not passed and (again.labels_ == scan.labels_).all()
 
-def test_other_heads_on_the_same_features(recipe, passed, tmp_path):
-    "In another folder: only heads are trained anew. Other images and other networks have other features."
+def test_other_heads_on_the_same_features(recipe, passed, tmp_path, capsys):
+    """In another folder: only heads are trained anew, and no time is told, since that takes seconds.
+    Other images and other networks have other features."""
     data = digits()[:40]
-    a = SCAN(recipe=recipe, device='cpu', out=tmp_path/'a').fit(data)
+    a = SCAN(recipe=recipe, device='cpu', out=tmp_path/'a', progress=True).fit(data)
+    assert 'About 1 minute' in capsys.readouterr().err
     passed.clear()
-    b = SCAN(4, recipe=recipe, device='cpu', out=tmp_path/'b').fit(data)
-    assert not passed and (a.embeddings_ == b.embeddings_).all()
+    b = SCAN(4, recipe=recipe, device='cpu', out=tmp_path/'b', progress=True).fit(data)
+    assert not passed and (a.embeddings_ == b.embeddings_).all() and 'About' not in capsys.readouterr().err
     SCAN(recipe=recipe, device='cpu', out=tmp_path/'c').fit(digits()[40:80])
     assert sum(passed) == 40
     SCAN(recipe=recipe, device='cpu').fit(data)   # in memory nothing is kept
@@ -310,8 +313,8 @@ def test_a_long_run_hears_of_features(recipe, pictures, capsys, monkeypatch, min
     monkeypatch.setattr(pipeline, 'estimate_seconds', lambda *args: dict(pretext=60.*minutes))
     data = as_image_set(str(pictures)) if files else digits()[:30]
     asked = recipe if features else 'folder'
-    def stopped(*args, ready, **more):
-        ready()
+    def stopped(recipe, images, *args, ready, **more):
+        ready(Stage(recipe.pretext, images))
         raise KeyboardInterrupt
     monkeypatch.setattr(pipeline, 'run_stages', stopped)
     with pytest.raises(KeyboardInterrupt): SCAN(3, recipe=asked, device='cpu', progress=True).fit(data)

@@ -447,7 +447,7 @@ def test_a_stage_that_cannot_be_leaves_nothing(name, whole, data, recipe, tmp_pa
 def test_a_run_that_cannot_be_leaves_nothing(change, data, recipe, tmp_path):
     ready = []
     with pytest.raises(UserError) as e:
-        run_stages(recipe.change(change), {'all': data}, tmp_path/'run', ready=lambda: ready.append(1))
+        run_stages(recipe.change(change), {'all': data}, tmp_path/'run', ready=lambda _: ready.append(1))
     assert '\n' not in str(e.value) and not ready and not (tmp_path/'run').exists()
 
 def test_all_images_need_times_for_a_window(data, recipe, tmp_path):
