@@ -437,8 +437,8 @@ def decode_files(
     image_formats()
     bar = tqdm(total=len(files), desc='images', disable=not progress)
     with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
-        for start in range(0, len(files), 1024):
-            for found in pool.map(lambda f: try_decode(f, *how), files[start:start+1024]):
+        for start in range(0, len(files), 64):
+            for found in pool.map(lambda f: try_decode(f, *how), files[start:start+64]):
                 yield found
                 bar.update()
 
