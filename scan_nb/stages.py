@@ -273,7 +273,8 @@ def _are_kept(stage): # of the pretext task
     "Whether a run in a folder finds features of these images, by the network that it asks for."
     if stage.recipe.setup != 'frozen' or stage.recipe.n_views or not stage.folder: return False
     kept, name = _kept(stage, next(iter(stage.splits)))
-    return any(kept.glob(f'features-{name}-*'))
+    last = (len(stage.data) - 1)//512   # of the blocks of `embed_blocks`
+    return any(kept.glob(f'features-{name}-*-{last}.pth.tar'))
 
 def _frozen(stage, model, split): # N×D, or None
     "Features of a frozen network; a run in a folder keeps them for the next one with these images."

@@ -181,6 +181,10 @@ def test_other_heads_on_the_same_features(recipe, passed, tmp_path, capsys):
     passed.clear()
     b = SCAN(4, recipe=recipe, device='cpu', out=tmp_path/'b', progress=True).fit(data)
     assert not passed and (a.embeddings_ == b.embeddings_).all() and 'About' not in capsys.readouterr().err
+    for file in stages.cache_dir().glob('features-*/*-0.pth.tar'): file.unlink()   # the last block
+    SCAN(5, recipe=recipe, device='cpu', out=tmp_path/'e', progress=True).fit(data)
+    assert sum(passed) == 40 + 8 and 'About 1 minute' in capsys.readouterr().err
+    passed.clear()
     SCAN(recipe=recipe, device='cpu', out=tmp_path/'c').fit(digits()[40:80])
     assert sum(passed) == 40
     SCAN(recipe=recipe, device='cpu').fit(data)   # in memory nothing is kept
