@@ -34,7 +34,7 @@ from .neighbors_fast import mine_neighbors
 from .pipeline import SCAN
 from .recipes import FOLDER
 from .scan import train_heads, validate_scan
-from .simclr import simclr_step, take
+from .simclr import simclr_step
 from .training import make_generator, seeded
 
 # %% ../nbs/benchmarks.ipynb #75ffc3f1
@@ -719,7 +719,7 @@ def _folder_apart(
         images = image_folder(folder, size, cache=Path(home, 'cache')).images
         decode = time.perf_counter() - start
         def ours():
-            for indices in batches(n, batch, generator): to_float(take(images, indices))
+            for indices in batches(n, batch, generator): to_float(images[indices])
         def theirs():
             for _ in loader: pass
         ways = {'ours, from the cache': ours, 'ImageFolder + DataLoader': theirs}

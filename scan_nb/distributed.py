@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from . import training
+from .ahead import each
 from .data import UserError
 from .training import CosineSchedule, Run
 
@@ -194,9 +195,9 @@ def joined(
 # %% ../nbs/03a_distributed.ipynb #3ad0000e
 class JointRun(Run):
     "A training in which every process has a share, and the first one alone decides, reads and writes."
-    def batches(self):
+    def losses(self, step):
         order = batches(**self.setup, generator=self.generator)
-        with own_numbers(self.generator): yield from order
+        with own_numbers(self.generator): yield from each(step, order)
     def update(self, losses): return update(losses, self.optimizer, self.schedule)
     def show(self, label, total, done): super().show(None if place()[0] else label, total, done)
     def ask(self, monitor, epoch): return from_first(super().ask(monitor, epoch))

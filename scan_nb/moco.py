@@ -6,7 +6,6 @@
 __all__ = ['info_nce', 'follow', 'MoCo', 'shuffled_keys', 'moco_step', 'train_moco', 'moco_v2_names', 'load_moco_v2']
 
 # %% ../nbs/07_moco.ipynb #7a1a6d92
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from .augment import Normalize
 from .data import UserError
 from .models import ContrastiveModel, feature_dim, read_weights, resnet50
-from .simclr import channels_last, send, take
+from .ahead import Step, Views
+from .simclr import channels_last
 from .training import CosineSchedule, autocast, make_generator, seeded, steps_per_epoch
 from .distributed import from_first, gather, place, train
 
@@ -77,14 +77,13 @@ class MoCo(nn.Module):
 def shuffled_keys(
     twin: nn.Module,             # images -> unit vectors, in training mode
     x: Tensor,                   # B×C×H×W views, B the same in every process
-    generator: torch.Generator,  # draws the order; that of the first process counts
+    order: Tensor,               # the numbers of all images in random order; that of the first process counts
     parts: int = 4,              # companies of at least two images that one process makes; many make one each
 ) -> Tensor:                     # (processes·B)×D keys, in the order of ranks and images
     "Keys computed among other companions than the queries (MoCo, section 3.3)."
     rank, world = place()
     everything = gather(x)
-    order = from_first(torch.randperm(len(everything), generator=generator, device=generator.device))
-    order = send(order, x.device)
+    order = from_first(order).to(x.device)
     share = everything[order.chunk(world)[rank]]
     companies = 1 if world > 1 else max(1, min(parts, len(x)//2))
     keys = gather(torch.cat([twin(part) for part in share.tensor_split(companies)]))
@@ -97,21 +96,25 @@ def moco_step(
     augment: nn.Module,          # (images, generator) -> one random view of each
     temperature: float,          # of `info_nce`
     generator: torch.Generator,  # draws the views and the companies
-) -> Callable:                   # function(indices) -> {'loss': scalar}, for `train`
+) -> Step:                       # function(indices) -> {'loss': scalar}, for `train`
     "One step of MoCo (algorithm 1). Raises UserError for a batch of one."
     device = moco.queue.device
+    views = Views(augment, images, device, n=2)
     moco.train()
-    def step(indices):
+    def prepare(indices):
         if len(indices) < 2: raise UserError('MoCo tells images apart: a batch needs two or more.')
-        x, rows = take(images, indices, device), gather(send(indices, device))
+        drawn, everybody = views.draw(indices, generator), len(indices)*place()[1]
+        return dict(views=drawn, own=indices, order=torch.randperm(everybody, generator=generator))
+    def compute(batch):
         follow(moco.twin, moco.model, moco.m)
-        views = augment(x, generator), augment(x, generator)
+        asking, answering = views.render(batch['views']).chunk(2)
         with autocast(device, moco.model):
-            q, keys = gather(moco.model(views[0])), shuffled_keys(moco.twin, views[1], generator)
+            q, keys = gather(moco.model(asking)), shuffled_keys(moco.twin, answering, batch['order'])
+        rows = gather(batch['own'].to(device))
         loss = info_nce(q, keys, moco.queue.clone(), temperature, rows[:, None] == moco.owners)
         moco.push(keys, rows)
         return {'loss': loss}
-    return step
+    return Step(prepare, compute, device)
 
 # %% ../nbs/07_moco.ipynb #3fe70dcb
 def train_moco(

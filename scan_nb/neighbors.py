@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .data import UserError
 from .models import evaluating
-from .simclr import take
+from .ahead import take
 from .training import autocast, make_generator
 from .distributed import gather, own_numbers, shares
 

@@ -21,7 +21,7 @@ from .data import UserError
 from .models import ClusteringModel, ClusterHeads
 from .training import CosineSchedule, autocast, make_generator, seeded, steps_per_epoch
 from .distributed import gather, train
-from .simclr import take
+from .ahead import Step, Views
 from .neighbors import as_seen, embed, run_over, unit_rows
 from .neighbors_fast import mine_neighbors
 
@@ -482,18 +482,20 @@ def _best_health(model, images, neighbors, loss):
 def _scan_step(model, images, pairs, augment, loss, head_only, generator):
     "One step of SCAN for `train`: the sum of the heads' losses."
     device = next(model.train().parameters()).device
+    views = Views(augment, images, device)
     if head_only: model.backbone.eval()
-    def classify(views):
-        if not head_only: return model(views)
-        with torch.no_grad(): features = model.embed(views)
+    def classify(x):
+        if not head_only: return model(x)
+        with torch.no_grad(): features = model.embed(x)
         return model.cluster_head(features)
-    def step(indices):
-        both = torch.cat([indices, random_partners(pairs.neighbors, indices, generator)])
-        views = augment(take(images, both, device), generator)
-        with autocast(device, model): logits = classify(views)
+    def prepare(indices):
+        partners = random_partners(pairs.neighbors, indices, generator)
+        return views.draw(torch.cat([indices, partners]), generator)
+    def compute(batch):
+        with autocast(device, model): logits = classify(views.render(batch))
         total, consistency, entropy = scan_loss(*(gather(x, 1) for x in logits.chunk(2, 1)), **loss)
         return dict(loss=total.sum(), consistency=consistency.mean(), entropy=entropy.mean())
-    return step
+    return Step(prepare, compute, device)
 
 # %% ../nbs/09_scan.ipynb #b90c0014
 def _scan_inputs(model, images, neighbors, remine_every, mine, entropy_weight, prior, seed):

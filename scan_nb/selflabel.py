@@ -15,7 +15,7 @@ from .data import UserError
 from .models import ClusteringModel, evaluating
 from .training import CosineSchedule, autocast, make_generator
 from .distributed import gather
-from .simclr import take
+from .ahead import Step, Views
 from .neighbors import as_seen, embed
 from .scan import StageResult, check_neighbors, clustering_health, find_prior, logits_of
 from .scan import mean_entropy, train_checked
@@ -63,20 +63,24 @@ class EMA:
 
 # %% ../nbs/10_selflabel.ipynb #aff168d7
 def _step(student, ema, images, strong, weak, generator, entropy_weight, prior, **lesson):
-    "One step for `train`; None when no image of the batch is confident. The teacher is in eval mode."
+    "One step for `train`, skipped when no image of the batch is confident. The teacher is in eval mode."
     teacher, device = student if ema is None else ema.model, next(student.parameters()).device
-    def step(indices):
+    views, calm = Views(strong, images, device), weak and Views(weak, images, device)
+    def prepare(indices):
+        drawn = calm.draw(indices, generator) if weak else {}
+        return dict(weak=drawn, strong=views.draw(indices, generator))
+    def compute(batch):
         if ema is not None: ema.update(student)
-        x = take(images, indices, device)
-        with torch.no_grad(), evaluating(teacher), autocast(device, student):
-            target = gather(teacher(weak(x, generator))[0])
-        if not confident_labels(target, lesson['threshold'])[0].any(): return None   # read from the GPU
-        views = strong(x, generator)
-        with autocast(device, student): logits = gather(student(views)[0])
+        x = calm.render(batch['weak']) if weak else as_seen(views.take(batch['strong']), strong)
+        with torch.no_grad(), evaluating(teacher), autocast(device, student): target = gather(teacher(x)[0])
+        nobody = ~confident_labels(target, lesson['threshold'])[0].any()
+        if device.type == 'cpu' and nobody: return None
+        with autocast(device, student): logits = gather(student(views.render(batch['strong']))[0])
         ce = confident_cross_entropy(target, logits, **lesson)
         entropy = mean_entropy(logits.float().log_softmax(-1), prior)
-        return dict(loss=ce - entropy_weight*entropy, cross_entropy=ce, entropy=entropy)
-    return step
+        losses = dict(loss=ce - entropy_weight*entropy, cross_entropy=ce, entropy=entropy)
+        return losses if device.type == 'cpu' else losses | dict(skipped=nobody.float())
+    return Step(prepare, compute, device)
 
 # %% ../nbs/10_selflabel.ipynb #9a703a9c
 def train_selflabel(
@@ -132,7 +136,6 @@ def _optimizer(model, optimizer, schedule, lr):
 def _run(model, images, neighbors, strong, weak, loss, ema_decay, seed, optimizer, **options):
     "The stage under watch; its result is the slow teacher, or the model itself."
     g, seen = make_generator(seed), as_seen(images, strong)
-    weak = weak or (lambda x, generator: as_seen(x, strong))
     ema = None if ema_decay is None else EMA(model, ema_decay)
     step = _step(model.train(), ema, images, strong, weak, g, **loss)
     judge = {k: loss[k] for k in ('entropy_weight', 'prior')}

@@ -174,7 +174,9 @@ def make_optimizer(
     parameters: Iterable[Tensor],  # to train: of the network, or of the heads alone
 ) -> torch.optim.Optimizer:        # SGD or Adam
     "The optimizer that settings describe."
-    common = dict(lr=settings.lr, weight_decay=settings.weight_decay)
+    parameters = list(parameters)
+    fused = any(p.is_cuda for p in parameters) or None   # one launch for all weights
+    common = dict(lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
     if settings.optimizer == 'adam': return torch.optim.Adam(parameters, **common)
     return torch.optim.SGD(parameters, momentum=settings.momentum, nesterov=settings.nesterov, **common)
 
@@ -196,14 +198,17 @@ def make_schedule(
 
 # %% ../nbs/03_training.ipynb #5ff79ba2
 def update(
-    losses: dict|None, # name -> scalar tensor, among them 'loss'; None: skip this batch
+    losses: dict|None, # name -> scalar tensor, among them 'loss'; None, or 'skipped' is 1: skip this batch
     optimizer: torch.optim.Optimizer, # makes the update
     schedule: CosineSchedule|None = None, # moves on, even when the batch is skipped
 ) -> dict[str, Tensor]: # the values without their graph; {'skipped': 1} for a skipped batch
     "One update of the weights; nothing is read back from the device."
-    if losses:
+    by_itself = getattr(optimizer, '_step_supports_amp_scaling', False)
+    skip = losses and losses.get('skipped')
+    if losses and (by_itself or not skip):
         optimizer.zero_grad()
         losses['loss'].backward()
+        optimizer.found_inf = skip if by_itself else None   # a fused optimizer skips without a look from here
         optimizer.step()
     if schedule is not None: schedule.step()
     return {name: torch.as_tensor(value).detach() for name, value in (losses or {'skipped': 1.}).items()}
@@ -232,7 +237,7 @@ class Progress:
 
     def step(self, loss, epoch): # after each batch: its loss as a tensor, None if it was skipped
         self.bar.update()
-        if loss is None or time.monotonic() < self.next_look: return
+        if loss is None or loss.device.type != 'cpu' or time.monotonic() < self.next_look: return
         value = loss.item()
         check_finite(value, epoch)
         self.bar.set_postfix(epoch=epoch, loss=f'{value:.4g}', refresh=False)
@@ -321,7 +326,8 @@ class Run:
     @property
     def networks(self): return [m for m in self.modules if isinstance(m, nn.Module)]
 
-    def batches(self): return batches(**self.setup, generator=self.generator) # of one epoch
+    def losses(self, step): # of one epoch, each batch computed when it is asked for
+        return map(step, batches(**self.setup, generator=self.generator))
     def update(self, losses): return update(losses, self.optimizer, self.schedule)
     def show(self, label, total, done): self.bar = Progress(label, total, done)
     def ask(self, monitor, epoch): # what a function(epoch) finds with the networks in eval mode
@@ -354,13 +360,17 @@ def train_epoch(
 ) -> dict[str, float]: # epoch, lr of the first update, mean of each value; 'skipped' is a count
     "One pass over the batches gives one row of the history. Raises FloatingPointError on a non-finite loss."
     row, values = dict(epoch=epoch, lr=run.optimizer.param_groups[0]['lr']), defaultdict(list)
-    for indices in run.batches():
-        losses = run.update(step(indices))
-        for name, value in losses.items(): values[name].append(value.float())
+    for losses in map(run.update, run.losses(step)):
+        alone = losses.keys() == {'skipped'}
+        for name, value in losses.items(): values['passed' if alone else name].append(value.float())
         run.bar.step(losses.get('loss'), epoch)
-    row |= {k: torch.stack(v).cpu().double().mean().item() for k, v in values.items() if k != 'skipped'}
+    found = {k: torch.stack(v).cpu().double() for k, v in values.items()}   # here the CPU waits
+    passed, skipped = (found.pop(k, torch.zeros(0)) for k in ('passed', 'skipped'))
+    if len(skipped): found = {k: v[skipped == 0] for k, v in found.items()}
+    row |= {k: v.mean().item() for k, v in found.items() if len(v)}
     if 'loss' in row: check_finite(row['loss'], epoch)
-    return row | {k: len(v) for k, v in values.items() if k == 'skipped'}
+    count = int(passed.sum() + skipped.sum())
+    return row | dict(skipped=count) if count else row
 
 # %% ../nbs/03_training.ipynb #aede8f49
 def epochs_left(

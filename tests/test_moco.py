@@ -148,7 +148,7 @@ def test_a_key_of_the_same_image_is_no_stranger():
 @pytest.mark.parametrize('parts', [1, 4])
 def test_keys_come_back_in_order(n, parts):
     model = make().eval()
-    keys = shuffled_keys(model, IMAGES[:n], make_generator(0), parts)
+    keys = shuffled_keys(model, IMAGES[:n], torch.randperm(n, generator=make_generator(0)), parts)
     torch.testing.assert_close(keys, model(IMAGES[:n]).detach(), atol=1e-5, rtol=0)
 
 class Companions(nn.Module):
@@ -162,11 +162,11 @@ class Companions(nn.Module):
 
 def test_companies_are_random_and_hold_two_or_more():
     twin, x = Companions(), torch.arange(10.).view(10, 1)
-    assert torch.equal(shuffled_keys(twin, x, make_generator(0)), x)
+    assert torch.equal(shuffled_keys(twin, x, torch.randperm(10, generator=make_generator(0))), x)
     assert sorted(sum(twin.seen, [])) == list(range(10)) and [len(s) for s in twin.seen] == [3, 3, 2, 2]
     assert sum(twin.seen, []) != list(range(10))
     twin.seen.clear()
-    shuffled_keys(twin, x[:3], make_generator(0))
+    shuffled_keys(twin, x[:3], torch.randperm(3))
     assert [len(s) for s in twin.seen] == [3]
 
 def process(rank, file, results):
@@ -174,11 +174,12 @@ def process(rank, file, results):
     dist.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_size=2)
     torch.set_num_threads(1)
     twin, x = Companions(), torch.arange(6.).view(6, 1) + 10*rank
-    keys = shuffled_keys(twin, x, make_generator(rank))
+    order = torch.randperm(12, generator=make_generator(rank))
+    keys = shuffled_keys(twin, x, order)
     moco = MoCo(make(), IMAGES[:1], 20)
     step = moco_step(moco, IMAGES, AUGMENT, .2, make_generator(rank))
     losses = [step(torch.arange(6) + 6*(rank + 2*i))['loss'].item() for i in range(2)]
-    eval_keys = shuffled_keys(moco.twin.eval(), IMAGES[6*rank:][:6], make_generator(5 + rank))
+    eval_keys = shuffled_keys(moco.twin.eval(), IMAGES[6*rank:][:6], order)
     seen = dict(keys=keys, seen=twin.seen, losses=losses, place=place(), gathered=gather(x))
     state = dict(eval_keys=eval_keys, queue=moco.queue, owners=moco.owners, oldest=moco.oldest)
     torch.save({**seen, **state}, f'{results}/{rank}.pt')

@@ -11,7 +11,8 @@ from hypothesis import given, settings, strategies as st
 from scan_nb.augment_fast import SimCLRAugment
 from scan_nb.data import UserError, digits
 from scan_nb.models import ContrastiveModel, small_resnet
-from scan_nb.simclr import channels_last, nt_xent, send, simclr_step, take, train_simclr
+from scan_nb.ahead import send, take
+from scan_nb.simclr import channels_last, nt_xent, simclr_step, train_simclr
 from scan_nb.training import Checkpoint, CosineSchedule, StepSchedule, cosine_factor, make_generator, seeded
 from scan_nb.distributed import batches
 from torch import nn
