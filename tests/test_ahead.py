@@ -87,7 +87,8 @@ AUGMENT = dict(simclr=SimCLRAugment(12, rotation=20., blur_p=.5, erase=3), weak=
 @pytest.mark.parametrize('n', [1, 2, 3])
 @pytest.mark.parametrize('kind', AUGMENT)
 def test_views_are_those_of_the_augmentation(kind, n):
-    augment, rows, a, b = AUGMENT[kind], torch.tensor([3, 3, 39, 0]), make_generator(1), make_generator(1)
+    augment, rows = AUGMENT[kind], torch.tensor([3, 3, 39, 0])
+    a, b = make_generator(1), make_generator(1)
     views = Views(augment, IMAGES, torch.device('cpu'), n)
     found = views.render(views.draw(rows, a))
     assert torch.equal(found, torch.cat([augment(IMAGES[rows], b) for _ in range(n)]))
