@@ -99,7 +99,7 @@ def test_images_are_picked_where_they_lie():
     rows, there = torch.arange(3), torch.device('meta')
     assert take(IMAGES, rows, there).device == there and torch.equal(take(IMAGES, rows), IMAGES[:3])
 
-# -- a training whose batches a thread prepares ---------------------------------------------------------------
+# -- a training whose batches a thread prepares --------------------------------------------------------------
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
