@@ -300,6 +300,7 @@ def _plot_curve(
     "One number over the epochs, its last value in the title."
     rows = [(row.get('epoch', i), row[key]) for i, row in enumerate(history) if row.get(key) is not None]
     ax.plot(*zip(*rows), marker='o' if len(rows) < 3 else None)
+    ax.tick_params(labelsize=9)
     ax.set_title(key.replace('_', ' '), loc='left', fontsize=12)
     ax.set_title(f'{rows[-1][1]:.3g}', loc='right', fontsize=12, color=PALETTE[0])
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -316,8 +317,9 @@ def plot_history(
     keys = [k for k in found if k != 'epoch'] if keys is None else list(keys)
     if not keys or set(keys) - set(found): raise UserError(f'The history has {found}, not {keys}.')
     rows, columns = math.ceil(len(keys) / columns), min(columns, len(keys))
-    size = (2.7 * columns, 2 * rows)
-    axes = plt.subplots(rows, columns, squeeze=False, figsize=size, layout='constrained')[1].ravel()
+    width, height = 2.7 * columns, 2 * rows   # inches; a layout that is computed takes as long as the drawing
+    room = dict(left=.7/width, right=1 - .1/width, bottom=.5/height, top=1 - .3/height, wspace=.42, hspace=.6)
+    axes = plt.subplots(rows, columns, squeeze=False, figsize=(width, height), gridspec_kw=room)[1].ravel()
     for ax in axes[len(keys):]: ax.remove()
     for ax, key in zip(axes, keys): _plot_curve(history, key, ax)
     for ax in axes[:len(keys)][-columns:]: ax.set_xlabel('epoch')
