@@ -155,7 +155,7 @@ def _exact_neighbors(z, k):
             found, sure = near.gather(1, values.argsort(1, descending=True)).long(), values[:, 0] > 0
         else: found, sure = _coarse_neighbors(z, k, dtype)
         rows = rows[~sure]
-    for some in rows.split(max(1, lesson.BLOCK//len(z))):
+    for some in rows.split(max(1, lesson.held(z.device)//len(z))):
         cosine = (z[some] @ z.T).scatter_(1, some[:, None], -torch.inf)
         found[some] = _largest(cosine, k)[1]
     return found

@@ -22,7 +22,7 @@ from .models import ClusteringModel, ClusterHeads
 from .training import CosineSchedule, autocast, make_generator, seeded, steps_per_epoch
 from .distributed import gather, train
 from .ahead import Step, Views
-from .neighbors import as_seen, embed, run_over, unit_rows
+from .neighbors import as_seen, embed, held, run_over, unit_rows
 from .neighbors_fast import mine_neighbors
 
 # %% ../nbs/09_scan.ipynb #98f4fb6c
@@ -84,12 +84,12 @@ def _stream_pairs(logits, lse, neighbors, block):
     for near in neighbors.split(max(1, block//(k*c))):
         rows, start = slice(start, start + len(near)), start + len(near)
         log_p, near = logits[rows].float() - lse[rows, None], near.flatten()
-        log_q = logits.index_select(0, near).float() - lse.index_select(0, near)[:, None]
-        log_q = log_q.view(-1, k, c)
-        product = (log_p.exp()[:, None] @ log_q.exp().transpose(1, 2))[:, 0]
+        log_q = (logits.index_select(0, near).float() - lse.index_select(0, near)[:, None]).view(-1, k, c)
+        p = log_p.exp()
+        product = (log_q.exp() @ p[:, :, None])[:, :, 0]
         if product.min() > 1e-30: losses = -product.log()
         else: losses = -(log_p[:, None] + log_q).logsumexp(-1)   # too small for float32
-        pairs, mean = pairs + losses.double().sum(), mean + log_p.exp().sum(0).double()/n
+        pairs, mean = pairs + losses.double().sum(), mean + p.sum(0).double()/n
     return pairs, mean
 
 # %% ../nbs/09_scan.ipynb #5373c0d0
@@ -113,10 +113,11 @@ def validate_scan(
     logits: Tensor,              # N×C, or H×N×C for H heads
     neighbors: Tensor,           # N×K int64 indices into the same N
     entropy_weight: float = 5.,  # λ ≥ 0, as in training: then the two losses compare
-    block: int = 2**22,          # numbers gathered at a time: 16 MB
+    block: int|None = None,      # numbers gathered at a time; None: a half of `held`, 16 MB on a CPU
     prior: Tensor|None = None,   # C class sizes expected; None: all equal
 ) -> ScanLoss:                   # three scalars, or three vectors of H
     "The SCAN loss over all pairs of anchor and neighbor (SCAN, equation 2)."
+    block = block or held(logits.device)//2
     if logits.ndim == 2: return _validate_head(logits, neighbors, entropy_weight, block, prior)
     heads = [_validate_head(x, neighbors, entropy_weight, block, prior) for x in logits]
     return ScanLoss(*map(torch.stack, zip(*heads)))
