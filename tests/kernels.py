@@ -5,6 +5,7 @@ each line `[words, environment, folder]` on stdin it forks a kernel and says its
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,6 +42,8 @@ def patch(env):
     local_provisioner.launch_kernel = launch_kernel
 
 def become_kernel(words, env, folder):
+    for name in [name for name in sys.modules if re.match(r'triton(?!._C)\b', name)]:
+        del sys.modules[name]   # a notebook may want its interpreter, and has to say so before the import
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for stream, flags in enumerate((os.O_RDONLY, os.O_WRONLY)): os.dup2(os.open(os.devnull, flags), stream)
     os.environ.clear()

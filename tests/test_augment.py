@@ -2,6 +2,7 @@
 import copy
 import math
 from functools import partial
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
@@ -9,14 +10,14 @@ import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
-from scan_nb import augment as A, augment_fast
+from scan_nb import augment as A, augment_fast, views
 from scan_nb.augment import Normalize, STRONG_OPS, to_float
 from scan_nb.data import UserError
 
 BILINEAR = dict(interpolation=TF.InterpolationMode.BILINEAR)
 quick = settings(max_examples=25, deadline=None)
 SimCLRAugment, WeakAugment, StrongAugment = A.SimCLRAugment, A.WeakAugment, A.StrongAugment
-ROOMS = dict(lesson=A, fast=augment_fast)
+ROOMS = dict(lesson=A, fast=SimpleNamespace(**{**vars(augment_fast), **vars(views)}))
 each_room = pytest.mark.parametrize('room', ROOMS.values(), ids=ROOMS)
 
 def generator(seed=0): return torch.Generator().manual_seed(seed)

@@ -1,0 +1,191 @@
+"""Views on a GPU: the numbers of the lesson, programs that compile, and counts on pretending tensors.
+
+The views as they were before, by the lesson's functions, fail where launches, copies and waits are counted
+(`test_the_older_way_launches_copies_and_waits`)."""
+import os
+import subprocess
+import sys
+from dataclasses import fields
+import pytest
+import torch
+from run_notebooks import ROOT
+import test_placement
+from scan_nb import augment as lesson, augment_fast as fast, views
+from scan_nb.augment import to_float
+from test_augment import generator, images
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+gpu = test_placement.gpu   # a fixture
+KINDS = ['SimCLRAugment', 'WeakAugment', 'StrongAugment']
+each_kind = pytest.mark.parametrize('kind', KINDS)
+MOST = dict(rotation=20, blur_p=.5, erase=2, tint_p=.5, strip_p=.5, disc=True)
+
+def python(*words, **env):
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, 'PYTHONPATH': str(ROOT), **env})
+
+# ---- the programs
+
+@pytest.mark.parametrize('interpreter', ['1', pytest.param('', marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason='no GPU'))], ids=['interpreter', 'gpu'])
+def test_programs_give_what_the_lesson_gives(interpreter):
+    words = '-m pytest -q -p no:cacheprovider tests/programs.py'.split()
+    done = python(*words, TRITON_INTERPRET=interpreter)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+POINTERS = {*('x out matrix bounds order factors shift hue_at gray sigma center side share tone detail '
+              'ops amounts').split()}
+NUMBERS = {'unit', 'fill', 'limit'}
+
+@pytest.mark.parametrize('capability', [80, 90])
+@pytest.mark.parametrize('name', ['sample', 'jitter', 'blur', 'cover', 'strip', 'tint', 'operate'])
+def test_programs_compile(name, capability, tmp_path, monkeypatch):
+    "For an A100 and for an H100, in each variant; that takes no GPU."
+    triton = pytest.importorskip('triton')
+    from triton.backends.compiler import GPUTarget
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    program = getattr(views, f'_{name}')
+    flags = [n for n in program.arg_names if n.isupper() and n != 'BLOCK']
+    kinds = ('*u8', '*fp32') if name in ('sample', 'strip') else ('*fp32',)
+    for kind in kinds:
+        for flag in (False, True)[:1 + len(flags)]:
+            options = {'BLOCK': 1024, **dict.fromkeys(flags, flag)}
+            types = {n: 'constexpr' if n in options else '*fp32' if n in POINTERS else
+                     'fp32' if n in NUMBERS else 'i32' for n in program.arg_names}
+            types |= {n: kind for n in ('x', 'out') if n in types and (n == 'x' or name == 'strip')}
+            source = triton.compiler.ASTSource(fn=program, signature=types, constexprs=options)
+            made = triton.compile(source, target=GPUTarget('cuda', capability, 32))
+            assert len(made.asm['cubin']) > 1000 and made.metadata.shared < 48_000
+
+# ---- counted on a GPU that isn't there
+
+class Count(TorchDispatchMode):
+    "Launches on tensors of a GPU, copies to it from the CPU, and what the CPU would wait for."
+    WAITS = {'aten::nonzero', 'aten::item', 'aten::_local_scalar_dense', 'aten::masked_select', 'aten::equal',
+             'aten::unique_dim', 'aten::_unique2', 'aten::bincount'}
+    def __init__(self):
+        super().__init__()
+        self.launches, self.copies, self.waits = [], [], []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.name().partition('.')[0], kwargs or {}
+        out = func(*args, **kwargs)
+        given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+        fake = {isinstance(v, FakeTensor) for v in [*given, *tree_leaves(out)] if isinstance(v, torch.Tensor)}
+        a_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        masked = name.startswith('aten::index') and any(v.dtype == torch.bool for v in given)
+        if True not in fake or func.namespace == 'prim' or a_view or 'empty' in name: return out
+        if name in self.WAITS or masked: self.waits.append(name)
+        if fake == {True}: self.launches.append(name)
+        else:
+            self.copies.append(name)
+            if not kwargs.get('non_blocking', False): self.waits.append(name)
+        return out
+
+def counted(augment, channels=3, n=2):
+    x = torch.zeros(12, channels, 32, 32, dtype=torch.uint8, device='cuda')
+    views.has_kernels(x)   # compiles a program, once in a process
+    with Count() as count: out = augment(x, generator(), n=n)
+    assert out.device.type == 'cuda' and out.shape == (12*n, channels, augment.size, augment.size)
+    return count
+
+CASES = dict(simclr=(views.SimCLRAugment(32), 3), simclr_all=(views.SimCLRAugment(24, **MOST), 8),
+             weak=(views.WeakAugment(24), 2), strong=(views.StrongAugment(32), 8),
+             strong_disc=(views.StrongAugment(24, disc=True), 8), one_op=(views.StrongAugment(32, 1), 5))
+
+@pytest.mark.parametrize('channels', [1, 3, 5])
+@pytest.mark.parametrize('case', CASES)
+def test_few_launches_one_copy_no_wait(gpu, case, channels):
+    "The issue's limits are 40 launches for SimCLR and 150 for strong views, both sides together."
+    augment, launches = CASES[case]
+    count = counted(augment, channels)
+    assert (len(count.launches), len(count.copies), count.waits) == (launches, 1, []), count.launches
+
+@each_kind
+def test_one_view_costs_no_more(gpu, kind):
+    one, two = (counted(getattr(views, kind)(32), n=n) for n in (1, 2))
+    assert len(two.launches) == len(one.launches) + 1 and len(one.copies) == len(two.copies) == 1
+
+@pytest.mark.parametrize('kind, launches, copies', [('SimCLRAugment', 150, 25), ('StrongAugment', 500, 60)])
+def test_the_older_way_launches_copies_and_waits(gpu, kind, launches, copies):
+    "What is counted here was seen on a GPU: 109 waits in one call of the strong views."
+    count = counted(getattr(lesson, kind)(32))
+    assert len(count.launches) > launches and len(count.copies) == len(count.waits) > copies
+
+def test_waits_are_counted(gpu):
+    x, rows = torch.zeros(4, device='cuda'), torch.tensor([True, False, True, False])
+    for wait in (lambda: rows.to(x.device), lambda: x[x > 0], lambda: x.sum().item(), lambda: x.nonzero()):
+        with Count() as count:
+            try: wait()
+            except Exception as e: assert 'Data' in type(e).__name__ or 'Dynamic' in type(e).__name__   # noqa: PT017
+            else: assert count.waits
+
+def test_settings_arrive_as_they_are(gpu):
+    p = lesson.SimCLRAugment(8).draw(images(), generator())
+    there = views.send_settings(p, torch.device('cuda'))
+    assert {k: v.shape for k, v in there.items()} == {k: v.shape for k, v in p.items()}
+    for name, value in views.send_settings(p, torch.device('cpu')).items():
+        assert value.dtype == torch.float32 and torch.equal(value, p[name].float()), name
+
+# ---- several views in one call
+
+@each_kind
+@pytest.mark.parametrize('room', [lesson, views], ids=['lesson', 'views'])
+@pytest.mark.parametrize('b, c', [(1, 3), (7, 1), (13, 3), (32, 5)])
+def test_two_views_in_one_call_are_those_of_two_calls(kind, room, b, c):
+    for switches in ({}, MOST) if kind == 'SimCLRAugment' else ({},):
+        augment, some, g, h = getattr(room, kind)(16, **switches), images(b, c), generator(b), generator(b)
+        for x in (some, to_float(some)):
+            twice = torch.cat([augment(x, g), augment(x, g)])
+            assert torch.equal(augment(x, h, n=2), twice) and torch.equal(g.get_state(), h.get_state())
+        assert torch.equal(augment(x, h, 3)[b:2*b], [augment(x, g) for _ in range(3)][1])
+
+# ---- the three classes elsewhere
+
+@each_kind
+@pytest.mark.parametrize('c', [1, 2, 3, 7])
+def test_views_are_those_of_the_lesson(kind, c):
+    x = images(200, c, 24, 27)
+    for switches in ({}, MOST) if kind == 'SimCLRAugment' else ({},):
+        there, here = (getattr(room, kind)(20, **switches) for room in (lesson, views))
+        drawn, settings = there.draw(x, generator(3)), here.draw(x, generator(3))
+        assert drawn.keys() == settings.keys()
+        for name, value in drawn.items(): assert torch.equal(value, settings[name]), name
+        away = (there(x, generator(3)) - here(x, generator(3))).abs()
+        assert (away > 1e-3).float().mean() < 2e-3 and away.mean() < 1e-4
+
+@each_kind
+def test_classes_differ_in_their_operations_alone(kind):
+    there, here = (getattr(room, kind) for room in (lesson, views))
+    assert issubclass(here, there) and here.__name__ == kind and fields(here) == fields(there)
+    assert repr(here(8)) == repr(there(8)) and not isinstance(there(8), here)
+    own, known = {name for name in vars(here) if name[0] != '_'}, {n for c in there.__mro__ for n in vars(c)}
+    assert own - {'render'} == {'warp', 'jitter', 'operate'} & known
+
+@each_kind
+def test_images_elsewhere_need_no_loop(kind, monkeypatch):
+    def refuse(*args): raise AssertionError('a loop')
+    monkeypatch.setattr(fast, 'in_threads', refuse)
+    x, augment = images(4, 3, 9, 9), getattr(views, kind)(8)
+    found = augment(x.to('meta'), generator())
+    assert found.device.type == 'meta' and found.shape == (4, 3, 8, 8)
+    with pytest.raises(AssertionError, match='a loop'): augment(x, generator())
+
+def test_the_room_opens_without_triton():
+    done = python('-c', 'import sys; sys.modules["triton"] = None; from scan_nb import views; import torch; '
+                        'x = torch.zeros(2, 3, 9, 9, dtype=torch.uint8); '
+                        'print(views.triton, *views.StrongAugment(8)(x, n=2).shape)')
+    assert done.stdout.split() == ['None', '4', '3', '8', '8'], done.stderr
+
+@each_kind
+def test_a_gpu_for_which_triton_fails_gets_the_lesson(gpu, kind, monkeypatch):
+    "A machine without a C compiler, say."
+    def fails(*args): raise RuntimeError('no compiler')
+    monkeypatch.setattr(views, 'cover_', fails)
+    views._compiles.cache_clear()
+    x = torch.zeros(4, 3, 9, 9, dtype=torch.uint8, device='cuda')
+    with pytest.warns(UserWarning, match='without Triton, slowly: no compiler'): views.has_kernels(x)
+    assert not views.has_kernels(x)
+    assert getattr(views, kind)(8)(x, generator()).shape == (4, 3, 8, 8)
+    views._compiles.cache_clear()
