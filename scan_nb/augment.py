@@ -306,9 +306,16 @@ class BatchAugment(nn.Module):
     def forward(self, x: Tensor, generator: torch.Generator|None = None, n: int = 1) -> Tensor:
         "n views of each image: first one of every image, then the second ones."
         x = check_batch(x)
+        return self.render(x if n == 1 else x.repeat(n, 1, 1, 1), self.settings(x, generator, n))
+
+    def settings(self, x: Tensor, generator: torch.Generator|None = None, n: int = 1) -> dict[str, Tensor]:
+        "What n views of each image are rendered with; of x only shape and device count."
         drawn = [self.draw(x, generator) for _ in range(n)]
-        settings = {name: torch.cat([p[name] for p in drawn]) for name in drawn[0]}
-        return self.render(x if n == 1 else x.repeat(n, 1, 1, 1), settings)
+        return {name: torch.cat([p[name] for p in drawn]) for name in drawn[0]}
+
+    def in_two(self, x: Tensor) -> bool:
+        "Whether settings for images like x can be sent ahead, or `render` looks at them once more."
+        return not x.is_cuda
 
 # %% ../nbs/01_augment.ipynb #880fc1f3
 @dataclass(eq=False)

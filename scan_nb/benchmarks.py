@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from .augment import STRONG_OPS, to_float
-from .augment_fast import SimCLRAugment, StrongAugment
+from .views import SimCLRAugment, StrongAugment
 from .data import UserError, closest
 from .datasets import atomic_write, image_folder
 from .distributed import batches, update

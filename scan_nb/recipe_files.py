@@ -11,7 +11,7 @@ from dataclasses import asdict, fields
 from importlib.resources import files
 from pathlib import Path
 import torch
-from .augment_fast import StrongAugment
+from .views import StrongAugment
 from .data import UserError, closest
 from .files import parse_yaml
 from .frozen import FEATURES

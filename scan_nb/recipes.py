@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .augment import disc_mask, to_float
-from .augment_fast import SimCLRAugment, StrongAugment, WeakAugment
+from .views import SimCLRAugment, StrongAugment, WeakAugment
 from .data import MAX_CHANNELS, ImageSet, UserError, closest
 from .datasets import name_channels
 from .frozen import find_features

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .augment import Normalize
-from .augment_fast import SimCLRAugment
+from .views import SimCLRAugment
 from .data import UserError, digits
 from .models import ContrastiveModel, small_resnet
 from .ahead import Step, Views

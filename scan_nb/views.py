@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['jit', 'BLOCK', 'IDENTITY', 'AUTOCONTRAST', 'EQUALIZE', 'ROTATE', 'SOLARIZE', 'POSTERIZE', 'COLOR', 'CONTRAST',
-           'BRIGHTNESS', 'SHARPNESS', 'SHEAR_X', 'SHEAR_Y', 'TRANSLATE_X', 'TRANSLATE_Y', 'MIRROR', 'send',
-           'send_settings', 'launch', 'sample', 'jitter_', 'blur', 'cover_', 'strip', 'tint', 'operate', 'has_kernels',
-           'SimCLRAugment', 'WeakAugment', 'StrongAugment']
+           'BRIGHTNESS', 'SHARPNESS', 'SHEAR_X', 'SHEAR_Y', 'TRANSLATE_X', 'TRANSLATE_Y', 'MIRROR', 'send', 'pack',
+           'unpack', 'send_all', 'launch', 'sample', 'jitter_', 'blur', 'cover_', 'strip', 'tint', 'operate',
+           'has_kernels', 'SimCLRAugment', 'WeakAugment', 'StrongAugment']
 
 # %% ../nbs/01b_views.ipynb #1971cbaa
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from types import SimpleNamespace
 import torch
@@ -33,15 +34,46 @@ def send(
     waits = x.device.type != 'cpu' or torch.device(device).type != 'cuda'
     return x.to(device) if waits else x.pin_memory().to(device, non_blocking=True)
 
-# %% ../nbs/01b_views.ipynb #93d367d4
-def send_settings(
-    settings: dict[str, Tensor],  # of any shapes and types; integers are below 2**24
-    device: torch.device,         # where they are needed
-) -> dict[str, Tensor]:           # the same names, shapes and values there, as float32
-    "All settings of a batch in one copy."
-    everything = torch.cat([value.flatten().float() for value in settings.values()])
-    parts = send(everything, device).split([value.numel() for value in settings.values()])
-    return {name: part.view(value.shape) for (name, value), part in zip(settings.items(), parts)}
+# %% ../nbs/01b_views.ipynb #1b3b6598
+def _leaves(tree): # names -> tensors or such a dict again
+    "The tensors in their order."
+    for value in tree.values(): yield from _leaves(value) if isinstance(value, dict) else (value,)
+
+# %% ../nbs/01b_views.ipynb #1b8e712c
+def _like(tree, leaves): # as above; an iterator over as many tensors
+    "The same names with other tensors."
+    return {k: _like(v, leaves) if isinstance(v, dict) else next(leaves) for k, v in tree.items()}
+
+# %% ../nbs/01b_views.ipynb #1bdf2200
+def pack(
+    tensors: list[Tensor],  # of any shapes and types
+) -> Tensor:                # one row of bytes, each tensor from a multiple of 8 on
+    "The bytes of all, one tensor behind the other."
+    parts = [x.contiguous().flatten().view(torch.uint8) for x in tensors]
+    return torch.cat([F.pad(x, (0, -len(x) % 8)) for x in parts])
+
+# %% ../nbs/01b_views.ipynb #1b38863b
+def unpack(
+    packed: Tensor,         # of `pack`, on any device
+    tensors: list[Tensor],  # whose shapes and types count
+) -> Iterator[Tensor]:      # the same tensors, views of the bytes
+    "The reverse of `pack`."
+    start = 0
+    for x in tensors:
+        yield packed[start:start + x.nbytes].view(x.dtype).view(x.shape)
+        start += x.nbytes + -x.nbytes % 8
+
+# %% ../nbs/01b_views.ipynb #1b344d6b
+def send_all(
+    tree: dict,            # name -> tensor, or such a dict again
+    device: torch.device,  # where they are needed
+) -> dict:                 # the same; on CUDA there, elsewhere as they are
+    "To CUDA in one copy, for which nobody waits; what is there already stays."
+    leaves = list(_leaves(tree))
+    here = [x for x in leaves if not x.is_cuda]
+    if torch.device(device).type != 'cuda' or not here: return tree
+    there = unpack(send(pack(here), device), here)
+    return _like(tree, (x if x.is_cuda else next(there) for x in leaves))
 
 # %% ../nbs/01b_views.ipynb #e6557858
 jit = triton.jit if triton else lambda kernel: kernel
@@ -479,49 +511,70 @@ def has_kernels(
     "Where the programs of this notebook run."
     return x.device.type == 'cuda' and triton is not None and _compiles(x.device)
 
+# %% ../nbs/01b_views.ipynb #01b00a01
+class _Programs:
+    "What the three classes have in common."
+    def in_two(self, x: Tensor) -> bool:
+        "Always, but on a GPU without Triton."
+        return not x.is_cuda or has_kernels(x)
+
+    def settings(self, x: Tensor, generator: torch.Generator|None = None, n: int = 1) -> dict[str, Tensor]:
+        "As in the lesson; for the programs complete, and as float32."
+        p = super().settings(x, generator, n)
+        if not has_kernels(x): return p
+        return {name: value.float().contiguous() for name, value in self.complete(p).items()}
+
+    def render(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+        "By the programs, where they run; else as in the lesson."
+        return self.programs(x, send_all(p, x.device)) if has_kernels(x) else super().render(x, p)
+
 # %% ../nbs/01b_views.ipynb #6e1751cf
-class SimCLRAugment(lesson.SimCLRAugment):
+class SimCLRAugment(_Programs, lesson.SimCLRAugment):
     "The lesson's SimCLR views, the fastest way where the images are."
     warp, jitter = staticmethod(fast.warp), staticmethod(fast.color_jitter_)
 
-    def render(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
-        "The same as the lesson's; on a GPU by the programs above, without a look at a value."
-        if not has_kernels(x): return super().render(x, p)
-        anywhere = p['boxes'].new_tensor([-torch.inf, torch.inf]).repeat(len(x), 2)
-        bounds = anywhere if self.rotation else edges(p['boxes'])
-        p, radius = send_settings(p | dict(bounds=bounds), x.device), max(1, round(self.size/20))
+    def complete(self, p: dict[str, Tensor]) -> dict[str, Tensor]:
+        "With the bounds of the boxes."
+        if not self.rotation: return p | dict(bounds=edges(p['boxes']))
+        return p | dict(bounds=p['boxes'].new_tensor([-torch.inf, torch.inf]).repeat(len(p['boxes']), 2))
+
+    def programs(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+        "The same as the lesson's `render`, without a look at a value."
         if self.strip_p: x = strip(x, p['strip'])
         x = sample(x, p['matrix'], p['bounds'], self.size)
         if self.tint_p: x = tint(x, p['tone'], p['detail'])
         jitter_(x, p['order'], p['factors'], p['shift'], p['hue_at'], p['gray'])
         if self.blur_p:
-            for down in (False, True): x = blur(x, p['sigma'], radius, down)
+            for down in (False, True): x = blur(x, p['sigma'], max(1, round(self.size/20)), down)
         if self.erase or self.disc: cover_(x, p['center'], p['side'], 0., self.disc)
         return x
 
 # %% ../nbs/01b_views.ipynb #68372637
-class WeakAugment(lesson.WeakAugment):
+class WeakAugment(_Programs, lesson.WeakAugment):
     "The lesson's weak views, the fastest way where the images are."
     warp = staticmethod(fast.warp)
 
-    def render(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
-        "The same as the lesson's; on a GPU in one launch."
-        if not has_kernels(x): return super().render(x, p)
-        matrix, bounds = crop_matrix(p['boxes'], self.size, p['flip']), edges(p['boxes'])
-        p = send_settings(dict(matrix=matrix, bounds=bounds), x.device)
+    def complete(self, p: dict[str, Tensor]) -> dict[str, Tensor]:
+        "Maps and bounds of the boxes."
+        return dict(matrix=crop_matrix(p['boxes'], self.size, p['flip']), bounds=edges(p['boxes']))
+
+    def programs(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+        "The same as the lesson's `render`, in one launch."
         return sample(x, p['matrix'], p['bounds'], self.size)
 
 # %% ../nbs/01b_views.ipynb #64ec8a22
-class StrongAugment(lesson.StrongAugment):
+class StrongAugment(_Programs, lesson.StrongAugment):
     "The lesson's strong views, the fastest way where the images are."
     warp, operate = staticmethod(fast.warp), staticmethod(fast.operate_)
 
-    def render(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
-        "The same as the lesson's; on a GPU in one launch for each operation of an image, and two more."
-        if not has_kernels(x): return super().render(x, p)
+    def complete(self, p: dict[str, Tensor]) -> dict[str, Tensor]:
+        "With maps and bounds of the crops; operations and amounts by slot."
         boxes = F.pad(p['corner'], (0, 2), value=self.size)
-        places = dict(matrix=crop_matrix(boxes, self.size), bounds=edges(boxes))
-        p = send_settings(p | places | dict(ops=p['ops'].T, amounts=p['amounts'].T), x.device)
+        return p | dict(matrix=crop_matrix(boxes, self.size), bounds=edges(boxes),
+                        ops=p['ops'].T, amounts=p['amounts'].T)
+
+    def programs(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+        "The same as the lesson's `render`, in one launch for each operation of an image, and two more."
         x = sample(x, p['matrix'], p['bounds'], self.size)
         for ops, amounts in zip(p['ops'], p['amounts']): x = operate(x, ops, amounts)
         if self.cutout or self.disc: cover_(x, p['center'], p['side'], self.fill, self.disc)

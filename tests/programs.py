@@ -11,7 +11,7 @@ from test_augment import generator, images
 from torch.testing import assert_close
 
 DEVICE = 'cpu' if os.environ.get('TRITON_INTERPRET') else 'cuda'
-each_number_of_channels = pytest.mark.parametrize('c', [1, 2, 3, 5])
+each_number_of_channels = pytest.mark.parametrize('c', [1, 2, 3])
 
 @pytest.fixture(autouse=True)
 def small_blocks(request, monkeypatch):

@@ -3,12 +3,12 @@ import copy, os, random, signal, subprocess, sys, threading, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from scan_nb.ahead import Views, ahead, each, pack, send_all, take, unpack
-from scan_nb.augment_fast import SimCLRAugment, StrongAugment, WeakAugment
+from scan_nb.ahead import Views, ahead, each, take
 from scan_nb.distributed import train
 from scan_nb.models import ContrastiveModel, small_resnet
 from scan_nb.simclr import simclr_step
 from scan_nb.training import Checkpoint, make_generator, seeded
+from scan_nb.views import SimCLRAugment, StrongAugment, WeakAugment, pack, send_all, unpack
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 REPO = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from scan_nb.augment import Normalize, to_float
-from scan_nb.augment_fast import SimCLRAugment
+from scan_nb.views import SimCLRAugment
 from scan_nb.data import UserError, digits
 from scan_nb.evaluate import cluster_metrics, kmeans_baseline
 from scan_nb.models import ClusteringModel, feature_dim, small_resnet

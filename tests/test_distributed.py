@@ -7,7 +7,7 @@ import pytest, torch
 import torch.distributed as dist
 from PIL import Image
 from scan_nb import distributed, files as files_room, moco, report, training
-from scan_nb.augment_fast import SimCLRAugment
+from scan_nb.views import SimCLRAugment
 from scan_nb.cli import main
 from scan_nb.data import UserError, digits
 from scan_nb.datasets import atomic_write

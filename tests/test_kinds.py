@@ -16,7 +16,7 @@ from torchvision.transforms.functional import adjust_contrast
 
 from scan_nb import augment as lesson, report
 from scan_nb.augment import Normalize, to_float
-from scan_nb.augment_fast import SimCLRAugment, StrongAugment, WeakAugment
+from scan_nb.views import SimCLRAugment, StrongAugment, WeakAugment
 from scan_nb.data import ImageSet, UserError, image_folder, image_grid, to_color
 from scan_nb.datasets import describe
 from scan_nb.pipeline import SCAN
@@ -162,7 +162,7 @@ def test_channels_that_are_no_colors_are_not_mixed(c):
     other = torch.cat([x[:, :1], torch.from_numpy(noise(40, c - 1, 16, 16)).flip(0)], 1)
     kinds = (lambda room: room.SimCLRAugment(12, rotation=20, blur_p=.5, brightness=.9, contrast=.9, erase=2),
              lambda room: room.StrongAugment(12), lambda room: room.WeakAugment(12))
-    from scan_nb import augment_fast as fast
+    from scan_nb import views as fast
     for room in (lesson, fast):
         for kind in kinds:
             a, b = (kind(room)(y, torch.Generator().manual_seed(3)) for y in (x, other))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from scan_nb import report
-from scan_nb.augment_fast import SimCLRAugment
+from scan_nb.views import SimCLRAugment
 from scan_nb.cli import main
 from scan_nb.data import ImageSet, UserError
 from scan_nb.datasets import digits, synthetic_aurora

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings, strategies as st
-from scan_nb.augment_fast import SimCLRAugment
+from scan_nb.views import SimCLRAugment
 from scan_nb.data import UserError, digits
 from scan_nb.models import ContrastiveModel, resnet50, small_resnet
 from scan_nb.moco import (MoCo, follow, info_nce, load_moco_v2, moco_step, moco_v2_names,

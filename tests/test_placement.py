@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest, torch
 from scan_nb import neighbors as mining
 from scan_nb.augment import Normalize
-from scan_nb.augment_fast import SimCLRAugment, StrongAugment, WeakAugment
+from scan_nb.views import SimCLRAugment, StrongAugment, WeakAugment
 from scan_nb.models import (ClusteringModel, ContrastiveModel, resnet18_cifar, resnet18_stl, resnet50,
                             small_resnet)
 from scan_nb.moco import MoCo, moco_step, shuffled_keys
@@ -46,6 +46,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda self: self)
     monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *args: True)
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda *args: (2**30, 2**31))
     with FakeGPU() as mode: yield mode
 
 @contextmanager
@@ -118,13 +119,12 @@ def test_scan(gpu, head_only):
 
 @pytest.mark.parametrize('ema', [False, True])
 @pytest.mark.parametrize('settings', [dict(balance=True, soft=False), dict(balance=False, soft=True)])
-def test_selflabel(gpu, monkeypatch, ema, settings):
+def test_selflabel(gpu, ema, settings):
     model = clustering().train()
     slow = EMA(model, .9) if ema else None
     step = _step(model, slow, images(), VIEWS['strong'], VIEWS['weak'], make_generator(0), 5., None,
                  threshold=.9, **settings)
-    with decided(monkeypatch): run(step)            # there is a confident image
-    with decided(monkeypatch, False): assert step(torch.arange(8)) is None
+    assert {*run(step)} == {'loss', 'cross_entropy', 'entropy', 'skipped'}
 
 def test_heads(gpu):
     z = torch.zeros(12, 16, device='cuda')
@@ -176,7 +176,6 @@ def test_precision_reaches_every_step(gpu, monkeypatch, precision, kind):
     twins = seen_type(state.twin)
     types.clear(), twins.clear()
     run(moco_step(state, images(), VIEWS['weak'], .2, make_generator(0)))
-    embed(model, images())
     classes = tune(clustering(), precision)
     types += (more := seen_type(classes))
     pairs, loss = Pairs(torch.zeros(12, 1, dtype=torch.int64)), dict(entropy_weight=5., prior=None)
@@ -184,9 +183,11 @@ def test_precision_reaches_every_step(gpu, monkeypatch, precision, kind):
     run(_scan_step(classes, images(), pairs, VIEWS['weak'], loss, False, make_generator(0)))
     step = _step(classes, slow, images(), VIEWS['weak'], lambda x, g: x, make_generator(0), 5., None,
                  threshold=.9)
-    with decided(monkeypatch): run(step)
-    logits_of(classes, images())
-    assert {*types, *twins, *more} == {kind} and len(types) > 1 and len(twins) and len(more) > 3
+    run(step)
+    assert {*types, *twins, *more} == {kind} and len(types) > 1 and len(twins) and len(more) > 2
+    embed(model, images())
+    with decided(monkeypatch): logits_of(classes, images())
+    assert types[-1] == more[-1] == torch.float32   # so that a saved model gives the same clusters
 
 def test_compile_is_for_cuda(gpu):
     model = tune(contrastive(), compile=True)

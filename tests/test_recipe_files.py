@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from run_notebooks import ROOT
-from scan_nb.augment_fast import WeakAugment
+from scan_nb.views import WeakAugment
 from scan_nb.data import UserError
 from scan_nb.recipe_files import (PAPER, PRESETS, find_config, find_recipe, known_keys, load_env, load_stages,
                                   to_yaml)

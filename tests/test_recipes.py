@@ -11,7 +11,7 @@ import torch
 import yaml
 from hypothesis import given, settings, strategies as st
 from run_notebooks import ROOT
-from scan_nb.augment_fast import SimCLRAugment, StrongAugment, WeakAugment
+from scan_nb.views import SimCLRAugment, StrongAugment, WeakAugment
 from scan_nb.cli import main
 from scan_nb.data import ImageSet, UserError
 from scan_nb.pipeline import SCAN

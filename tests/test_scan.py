@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import normalized_mutual_info_score
 from scan_nb import scan
-from scan_nb.augment_fast import SimCLRAugment
+from scan_nb.views import SimCLRAugment
 from scan_nb.data import UserError, digits
 from scan_nb.evaluate import cluster_metrics, label_free_metrics
 from scan_nb.models import ClusterHeads, ClusteringModel, small_resnet

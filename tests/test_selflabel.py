@@ -4,7 +4,7 @@ import copy
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from scan_nb.augment_fast import SimCLRAugment
+from scan_nb.views import SimCLRAugment
 from scan_nb.data import UserError, digits
 from scan_nb.models import ClusteringModel, small_resnet
 from scan_nb.neighbors import embed

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from scan_nb.augment_fast import SimCLRAugment
+from scan_nb.views import SimCLRAugment
 from scan_nb.data import UserError, digits
 from scan_nb.models import ContrastiveModel, small_resnet
 from scan_nb.ahead import send, take

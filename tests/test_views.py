@@ -12,6 +12,10 @@ from run_notebooks import ROOT
 import test_placement
 from scan_nb import augment as lesson, augment_fast as fast, views
 from scan_nb.augment import to_float
+from scan_nb.moco import MoCo, moco_step
+from scan_nb.scan import Pairs, _heads_step, _picker, _scan_step
+from scan_nb.selflabel import EMA, _step
+from scan_nb.simclr import simclr_step
 from test_augment import generator, images
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -122,11 +126,46 @@ def test_waits_are_counted(gpu):
             else: assert count.waits
 
 def test_settings_arrive_as_they_are(gpu):
-    p = lesson.SimCLRAugment(8).draw(images(), generator())
-    there = views.send_settings(p, torch.device('cuda'))
-    assert {k: v.shape for k, v in there.items()} == {k: v.shape for k, v in p.items()}
-    for name, value in views.send_settings(p, torch.device('cpu')).items():
-        assert value.dtype == torch.float32 and torch.equal(value, p[name].float()), name
+    p = dict(rows=torch.arange(4), settings=lesson.SimCLRAugment(8).draw(images(), generator()))
+    there = views.send_all(p, torch.device('cuda'))
+    for a, b in ((p, there), (p['settings'], there['settings'])):
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            if isinstance(value, torch.Tensor):
+                test_placement.there(b[name], *value.shape, dtype=value.dtype)
+    assert views.send_all(there, torch.device('cuda')) is there
+    assert views.send_all(p, torch.device('cpu')) is p
+
+def steps(kind, held='cuda'):
+    "The step of a stage on images that lie in the memory of the GPU or of the CPU, and its indices."
+    x, simclr, strong = test_placement.images().to(held), views.SimCLRAugment(32), views.StrongAugment(32)
+    near, rows = torch.arange(24).view(12, 2) % 12, torch.arange(8)
+    if kind == 'simclr': return simclr_step(test_placement.contrastive(), x, simclr, .5, generator()), rows
+    if kind == 'moco':
+        state = MoCo(test_placement.contrastive(), test_placement.images(1), 24)
+        return moco_step(state, x, simclr, .2, generator()), rows
+    model = test_placement.clustering().train()
+    if kind == 'scan':
+        loss = dict(entropy_weight=5., prior=None)
+        return _scan_step(model, x, Pairs(near), strong, loss, False, generator()), rows
+    if kind != 'heads':
+        weak = views.WeakAugment(32) if kind == 'selflabel, weak views' else None
+        return _step(model, EMA(model, .9), x, strong, weak, generator(), 5., None, threshold=.9), rows
+    z = torch.zeros(12, 16, device='cuda')
+    pick = _picker(z, None, z.mean(0), z.std(0), None)
+    heads = test_placement.clustering(4).cluster_head
+    return _heads_step(heads, pick, near.cuda(), 5., None, None, 'scan'), rows.cuda()
+
+STEPS = ['simclr', 'moco', 'scan', 'selflabel', 'selflabel, weak views']
+
+@pytest.mark.parametrize('kind, held', [*((k, h) for k in STEPS for h in ('cuda', 'cpu')), ('heads', 'cuda')])
+def test_a_step_waits_for_nothing(gpu, kind, held):
+    "All that it draws, and the images if the CPU holds them, come in one copy."
+    views.has_kernels(torch.zeros(1, device='cuda'))
+    step, rows = steps(kind, held)
+    with Count() as count: losses = step(rows)
+    assert losses['loss'].device.type == 'cuda' and losses['loss'].requires_grad
+    assert (len(count.copies), count.waits) == (kind != 'heads', [])
 
 # ---- several views in one call
 
@@ -161,7 +200,7 @@ def test_classes_differ_in_their_operations_alone(kind):
     assert issubclass(here, there) and here.__name__ == kind and fields(here) == fields(there)
     assert repr(here(8)) == repr(there(8)) and not isinstance(there(8), here)
     own, known = {name for name in vars(here) if name[0] != '_'}, {n for c in there.__mro__ for n in vars(c)}
-    assert own - {'render'} == {'warp', 'jitter', 'operate'} & known
+    assert own - {'complete', 'programs'} == {'warp', 'jitter', 'operate'} & known
 
 @each_kind
 def test_images_elsewhere_need_no_loop(kind, monkeypatch):
