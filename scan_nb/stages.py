@@ -113,7 +113,8 @@ class Stage:
 
     @property
     def room(self): # bytes on disk, at most
-        model, n = self.model(), sum(len(data) for data in self.splits.values())
+        with torch.device('meta'): model = make_model(self.recipe, self.shape, None)   # no number is drawn
+        n = sum(len(data) for data in self.splits.values())
         k, weights = getattr(self.recipe, 'n_neighbors', None) or 0, model.state_dict().values()
         return 12*sum(v.nbytes for v in weights) + n*(16*model.backbone.dim + 16*k + 200)
 
