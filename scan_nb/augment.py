@@ -41,13 +41,13 @@ def to_float(
 def check_batch(
     x: Tensor,  # B×C×H×W, C 1 to 16, uint8 or float in [0, 1]
 ) -> Tensor:    # the same, contiguous
-    "Passes a batch. Raises UserError that says what is wrong; values on a GPU are not waited for, nor seen."
+    "Passes a batch of images. Raises UserError that says what is wrong with anything else."
     require(isinstance(x, Tensor), f'images are a {type(x).__name__}: give a torch tensor')
     require(x.ndim == 4 and 0 < x.shape[1] <= MAX_CHANNELS and x.numel() > 0,
             f'images have shape {tuple(x.shape)}: give B×C×H×W, not empty, with C = 1 to {MAX_CHANNELS}')
     if x.dtype == torch.uint8: return x.contiguous()
     require(x.is_floating_point(), f'images are {x.dtype}: give uint8 in 0..255 or float in [0, 1]')
-    require(x.is_cuda or x.amin() >= -1e-4 and x.amax() <= 1 + 1e-4,
+    require(x.amin() >= -1e-4 and x.amax() <= 1 + 1e-4,
             'float images hold NaN or values outside [0, 1]: scale them to [0, 1]')
     return x.contiguous()
 

@@ -126,7 +126,8 @@ def _optimizer(model, optimizer, schedule, lr):
     "Adam, unless an optimizer is given. Raises UserError when one belongs to other weights."
     if schedule is not None and getattr(schedule, 'optimizer', optimizer) is not optimizer:
         raise UserError('The schedule belongs to another optimizer: give both, the schedule made for it.')
-    if optimizer is None: return torch.optim.Adam(model.parameters(), lr, weight_decay=1e-4)
+    fused = next(model.parameters()).is_cuda or None   # it skips a batch by itself
+    if optimizer is None: return torch.optim.Adam(model.parameters(), lr, weight_decay=1e-4, fused=fused)
     own = {id(p) for p in model.parameters()}
     if any(id(p) not in own for group in optimizer.param_groups for p in group['params']):
         raise UserError('The optimizer holds weights of another model: make it after `select`, of this one.')
