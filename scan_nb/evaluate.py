@@ -201,13 +201,17 @@ def kmeans_baseline(
     on: Array | None = None,  # M×… the images to assign, such as a test set; None: x itself
 ) -> Tensor:                  # N (or M) int64 clusters
     "k-means of scikit-learn, the baseline of SCAN's table 1. Raises UserError unless 2 ≤ n_clusters ≤ N."
-    from sklearn.cluster import KMeans
+    from sklearn.cluster import KMeans, kmeans_plusplus
     from threadpoolctl import threadpool_limits
     rows = _rows(x, normalize)
+    small = rows.size < 2**24
+    def start(rows, k, random_state):   # which casts float32 for each center; here it is cast once
+        return kmeans_plusplus(rows.astype(np.float64), k, random_state=random_state)[0]
     if not 2 <= n_clusters <= len(rows):
         raise UserError(f'{n_clusters} clusters of {len(rows)} images: k-means needs 2 ≤ clusters ≤ images.')
-    with threadpool_limits(1 if rows.size < 2**24 else None):
-        model = KMeans(n_clusters, n_init=n_init, random_state=seed).fit(rows)
+    with threadpool_limits(1 if small else None):
+        init = start if small else 'k-means++'
+        model = KMeans(n_clusters, init=init, n_init=n_init, random_state=seed).fit(rows)
         return torch.from_numpy(model.labels_ if on is None else model.predict(_rows(on, normalize))).long()
 
 # %% ../nbs/04_evaluate.ipynb #046acbcc

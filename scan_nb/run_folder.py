@@ -9,6 +9,7 @@ __all__ = ['make_normalize', 'make_model', 'write_model', 'read_model', 'Outcome
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 import numpy as np
 import torch
@@ -119,9 +120,11 @@ class Outcome:
         state['normalize'] = {k: v.cpu() for k, v in model.normalize.state_dict().items()}
         return cls(recipe, list(shape), state, **parts)
 
-    def load(self, device='cpu'): # the model, in eval mode
+    @cached_property
+    def model(self): # in eval mode
         model = make_model(self.recipe, self.shape, make_normalize(self.recipe, self.weights))
-        return tune(load_weights(model, self.file or self.weights).to(device).eval(), self.recipe.precision)
+        return tune(load_weights(model, self.file or self.weights).eval(), self.recipe.precision)
+    def load(self, device='cpu'): return self.model.to(device)   # the same one each time
 
     @property
     def state(self): # names -> weights
