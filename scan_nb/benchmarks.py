@@ -6,12 +6,12 @@
 __all__ = ['STEP_NETWORKS', 'TINY', 'WHY_VIEWS', 'CASES', 'photo_tiles', 'cores', 'threads', 'interleave', 'prepare_ways',
            'one_line', 'row', 'check', 'ratio', 'say_check', 'machine_info', 'run_machine', 'Counter', 'count_work',
            'limits', 'say_count', 'run_apart', 'run_python', 'peak_memory', 'run_views', 'run_step', 'clouds',
-           'compare_neighbors', 'run_neighbors', 'run_approximate', 'run_heads', 'run_validation', 'run_hungarian',
-           'run_folder', 'run_imports', 'run_growth', 'Case', 'explain', 'format_result', 'choose_cases', 'run_case',
-           'run_benchmarks', 'plot_checks', 'plot_growth']
+           'compare_neighbors', 'run_neighbors', 'run_approximate', 'run_heads', 'run_validation', 'run_training',
+           'run_hungarian', 'run_folder', 'run_imports', 'run_growth', 'Case', 'explain', 'format_result',
+           'choose_cases', 'run_case', 'run_benchmarks', 'plot_checks', 'plot_growth']
 
-# %% ../nbs/benchmarks.ipynb #5ace76b2
-import json, math, os, platform, re, statistics, subprocess, sys, tempfile, time
+# %% ../nbs/benchmarks.ipynb #fba9825a
+import itertools, json, math, os, platform, re, statistics, subprocess, sys, tempfile, time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,23 +19,28 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+# %% ../nbs/benchmarks.ipynb #5ace76b2
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from .augment import STRONG_OPS, to_float
+from .ahead import each
+from .augment import STRONG_OPS, Normalize, to_float
 from .views import SimCLRAugment, StrongAugment
 from .data import UserError, closest
 from .datasets import atomic_write, image_folder
 from .distributed import batches, update
 from .evaluate import cluster_metrics
-from .models import ContrastiveModel, resnet18_cifar, small_resnet
+from .models import ClusteringModel, ContrastiveModel
+from .models import resnet18_cifar, resnet18_stl, resnet50, small_resnet
 from .neighbors import unit_rows
 from .neighbors_fast import mine_neighbors
 from .pipeline import SCAN
 from .recipes import FOLDER
-from .scan import train_heads, validate_scan
-from .simclr import simclr_step
-from .training import make_generator, seeded
+from .scan import train_heads, train_scan, validate_scan
+from .selflabel import train_selflabel
+from .simclr import nt_xent, simclr_step
+from .training import autocast, make_generator, seeded
 
 # %% ../nbs/benchmarks.ipynb #75ffc3f1
 def photo_tiles(
@@ -70,6 +75,11 @@ def threads(
         with threadpool_limits(n): yield
     finally: torch.set_num_threads(before)
 
+# %% ../nbs/benchmarks.ipynb #730a45bf
+def _wait():
+    "A GPU is only told what to do; this waits until it has done all of it."
+    if torch.cuda.is_initialized(): torch.cuda.synchronize()
+
 # %% ../nbs/benchmarks.ipynb #49fc13e7
 def interleave(
     ways: dict,   # name -> function without arguments
@@ -78,11 +88,13 @@ def interleave(
 ) -> dict:        # name -> list of seconds, the mean of each turn
     "Time all ways in turn."
     seconds = {name: [] for name in ways}
+    _wait()
     for _ in range(rounds):
         for name, work in ways.items():
             start, runs, took = time.perf_counter(), 0, 0.
             while not runs or took < turn:
                 work()
+                _wait()
                 runs, took = runs + 1, time.perf_counter() - start
             seconds[name].append(took/runs)
     return seconds
@@ -180,34 +192,43 @@ def machine_info() -> dict:  # processor, cores, memory in GB, system, GPU (or N
                 versions=found)
 
 # %% ../nbs/benchmarks.ipynb #cf81c015
-def _peaks(side, megabytes, rounds):
-    "FLOP a second of a product in float32 and bfloat16, bytes a second of a copy in memory and in the cache."
-    a, ram, cache = torch.randn(side, side), torch.ones(megabytes*2**18), torch.ones(2**16)
-    half = torch.randn(side//2, side//2).bfloat16()
+def _peaks(side, megabytes, rounds, device=None):
+    "FLOP a second of products in float32 and bfloat16, bytes a second of a copy in memory and (CPU) cache."
+    a, ram = torch.randn(side, side, device=device), torch.ones(megabytes*2**18, device=device)
+    half, cache = torch.randn(side//2, side//2, device=device).bfloat16(), torch.ones(2**16)
     c, ram_too, cache_too = torch.empty_like(a), torch.empty_like(ram), torch.empty_like(cache)
     def often():
         for _ in range(500): cache_too.copy_(cache)
     ways = dict(flops=lambda: torch.mm(a, a, out=c), flops16=lambda: half @ half,
-                ram=lambda: ram_too.copy_(ram), cache=often)
+                ram=lambda: ram_too.copy_(ram), **({} if device else dict(cache=often)))
     for work in ways.values(): work()
     seconds = {name: min(v) for name, v in interleave(ways, rounds).items()}
     work = dict(flops=2*side**3, flops16=2*(side//2)**3, ram=2*ram.nbytes, cache=1000*cache.nbytes)
     return {name: work[name]/seconds[name] for name in ways}
+
+# %% ../nbs/benchmarks.ipynb #364143ab
+def _who(threads): # how many, or a device
+    "Who computes, in words; a GPU by its name."
+    n = str(threads)
+    if n.isdigit(): return f"{n} thread{'s'*(n != '1')}"
+    return torch.cuda.get_device_name(n) if n.startswith('cuda') else n
 
 # %% ../nbs/benchmarks.ipynb #06d85e36
 def run_machine(
     side: int,       # of the matrices
     megabytes: int,  # to copy
     rounds: int,     # of each; the fastest counts
-) -> dict:           # rows, info, peaks: threads -> flops, flops16, ram, cache per second
-    "The case `machine`: its name, and what one thread and all threads can do."
-    peaks = {}
+    device: str | None = None,  # a GPU, too; None: that of this machine, if it has one
+) -> dict:           # rows, info, peaks: threads or device -> flops, flops16, ram, cache per second
+    "The case `machine`: its name, and what one thread, all threads, and a GPU can do."
+    peaks, device = {}, device or ('cuda' if torch.cuda.is_available() else None)
     for n in sorted({1, cores()}):
         with threads(n): peaks[str(n)] = _peaks(side, megabytes, rounds)
+    if device: peaks[device] = _peaks(4*side, 8*megabytes, rounds, device)
     names = dict(flops=('product', 'GFLOP/s'), flops16=('product in bfloat16', 'GFLOP/s'),
                  ram=('copy in memory', 'GB/s'), cache=('copy in the cache', 'GB/s'))
-    rows = [row(f"{what}, {n} thread{'s'*(n != '1')}", [peak[key]], unit, 1e-9)
-            for n, peak in peaks.items() for key, (what, unit) in names.items()]
+    rows = [row(f'{names[key][0]}, {_who(n)}', [value], names[key][1], 1e-9)
+            for n, peak in peaks.items() for key, value in peak.items()]
     return dict(rows=rows, info=machine_info(), peaks=peaks, threads=cores())
 
 # %% ../nbs/benchmarks.ipynb #44b9a7d7
@@ -221,6 +242,7 @@ class Counter(TorchDispatchMode):
         from torch.utils.flop_counter import flop_registry
         start = time.perf_counter()
         out = func(*args, **(kwargs or {}))
+        _wait()
         took = time.perf_counter() - start
         if not _only_looks(func):
             self.by_op[func._schema.name.split('::')[1].strip('_')] += took
@@ -262,7 +284,7 @@ def count_work(
 
 # %% ../nbs/benchmarks.ipynb #c38cd11d
 def limits(
-    work: dict,   # of `count_work`, with seconds, threads, memory ('cache', 'ram') and perhaps outside (text)
+    work: dict,   # of `count_work`, seconds, threads or a device, memory ('cache', 'ram') and perhaps outside
     peaks: dict,  # of `run_machine`
 ) -> dict:        # 'arithmetic' and 'memory bandwidth': share of the peak; 'Python' (or other): of the time
     "How near a piece of code comes to what the machine can do."
@@ -287,10 +309,15 @@ def say_count(
     text = (f"Ours takes {calls}, {flops/1e9:,.3g} GFLOP and {work['bytes']/1e9:,.3g} GB in "
             f"{seconds:.3g} s: {100*share['arithmetic']:.0f} % of the arithmetic (of matrix products) and "
             f"{100*share['memory bandwidth']:.0f} % of the bytes through {where} that "
-            f"{work['threads']} thread{'s'*(work['threads'] > 1)} can do here. ")
+            f"{_who(work['threads'])} can do here. ")
     limit = max(share, key=share.get)
     text += f'The limit is {limit}' if share[limit] >= .4 else 'Neither is near'
     return text + f" ({longest}, outside of operations {100*list(share.values())[2]:.0f} % of the time)"
+
+# %% ../nbs/benchmarks.ipynb #a442c12b
+def _place(device, seconds):
+    "Of `work`: how long it took, who did it, and through which memory: a GPU has one, many threads a cache."
+    return dict(seconds=seconds, threads=device or cores(), memory='ram' if device else 'cache')
 
 # %% ../nbs/benchmarks.ipynb #43e7fd41
 def run_apart(
@@ -320,8 +347,12 @@ def run_python(
 # %% ../nbs/benchmarks.ipynb #ffcb696a
 def peak_memory(
     anew: bool = False,  # forget the peak so far (on Linux)
+    device: str | None = None,  # a GPU, whose memory counts then
 ) -> int:                # bytes
     "The most memory that this process has used."
+    if device and device.startswith('cuda'):
+        if anew: torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
     status = Path('/proc/self/status')
     if status.exists():   # its own figure; that of getrusage begins with the parent's
         with suppress(OSError): anew and Path('/proc/self/clear_refs').write_text('5')
@@ -423,6 +454,32 @@ def _strong_ways(images):
     ours = partial(StrongAugment(size), images)
     return {'ours': lambda: ours, 'torchvision on PIL': pil, 'torchvision v2': v2}
 
+# %% ../nbs/benchmarks.ipynb #b68391d7
+def _batch_ways(images, kind):
+    "Ways to make a view of each image of a batch, where it lies; v2, and RandAugment, draw once for all."
+    size, strong = images.shape[-1], kind == 'strong'
+    def v2():
+        from torchvision.transforms import v2 as t
+        views = [t.RandAugment(4), t.RandomErasing(1.)] if strong else [
+            t.RandomResizedCrop(size, scale=(.2, 1.)), t.RandomApply([t.ColorJitter(.4, .4, .4, .1)], .8),
+            t.RandomGrayscale(.2)]
+        return partial(t.Compose([t.RandomHorizontalFlip(), *views, t.ToDtype(torch.float32, True)]), images)
+    def kornia():
+        if not strong: return _simclr_ways(images)['kornia']()
+        import kornia.augmentation as k
+        from kornia.augmentation.auto import RandAugment
+        views = k.RandomHorizontalFlip(), RandAugment(4, 10), k.RandomErasing(p=1.)
+        return partial(torch.nn.Sequential(*views), to_float(images))
+    ours = StrongAugment(size) if strong else SimCLRAugment(size)
+    return {'ours': lambda: partial(ours, images), 'torchvision v2': v2, 'kornia': kornia}
+
+# %% ../nbs/benchmarks.ipynb #3863148e
+def _loops(seconds, n, device):
+    "The same for views of n values in all."
+    each = f'{1e9*seconds/n:.2g} ns per value of a view'
+    one = dict(threads=1, outside=f'the arithmetic of compiled loops, {each}')
+    return _place(device, seconds) | ({} if device else one)
+
 # %% ../nbs/benchmarks.ipynb #8eb60e23
 def run_views(
     kind: str,     # 'simclr' or 'strong'
@@ -430,41 +487,49 @@ def run_views(
     batch: int,    # images
     rounds: int,   # turns of each way
     turn: float = 0.,  # seconds that a turn lasts at least
-    targets: dict | None = None,  # name of a way -> how many times faster ours should be
+    targets: dict | None = None,  # way -> how many times faster ours should be; 'ours': most µs per image
+    device: str | None = None,    # of whole batches; None: one thread, and other ways one by one
 ) -> dict:         # rows, checks, work, missing
-    "The cases `views32`, `views96`, `strong32` and `strong96`."
-    images = photo_tiles(batch, size)
-    with threads(1), torch.no_grad():
-        ways, missing = prepare_ways(dict(simclr=_simclr_ways, strong=_strong_ways)[kind](images))
+    "The cases of views, as `views32`, `strong96` and `gpu_views224`."
+    images, targets = photo_tiles(batch, size).to(device or 'cpu'), targets or {}
+    choose = _batch_ways if device else dict(simclr=_simclr_ways, strong=_strong_ways)[kind]
+    with threads(cores() if device else 1), torch.no_grad():
+        ways, missing = prepare_ways(choose(images, *[kind]*bool(device)))
         seconds = interleave(ways, rounds, turn)
         work, views = count_work(ways['ours']), ways['ours']()
     rows = [row(name, values, 'µs per image', 1e6/batch) for name, values in seconds.items()]
-    checks = [ratio(seconds, name, 'ours', at_least=(targets or {}).get(name)) for name in list(ways)[1:]]
-    took, least = statistics.median(seconds['ours']), images.nbytes + views.nbytes   # seconds, bytes
-    each = f'{1e9*took/views.numel():.2g} ns per value of a view'
-    work |= dict(seconds=took, threads=1, memory='cache', bytes=max(work['bytes'], least),
-                 outside=f'the arithmetic of compiled loops, {each}')
-    return dict(rows=rows, checks=checks, work=work, missing=missing, threads=1)
+    checks = [ratio(seconds, name, 'ours', at_least=targets.get(name)) for name in list(ways)[1:]]
+    took, moved = statistics.median(seconds['ours']), max(work['bytes'], images.nbytes + views.nbytes)
+    work |= dict(bytes=moved) | _loops(took, views.numel(), device)
+    if device: checks.insert(0, check('ours', 1e6*took/batch, 'µs per image', at_most=targets.get('ours')))
+    return dict(rows=rows, checks=checks, work=work, missing=missing, threads=work['threads'])
 
 # %% ../nbs/benchmarks.ipynb #e2328a85
-STEP_NETWORKS = {'ResNet-18': resnet18_cifar, 'small ResNet': partial(small_resnet, 3, stem_stride=2)}
+STEP_NETWORKS = {'ResNet-18': resnet18_cifar, 'small ResNet': partial(small_resnet, 3, stem_stride=2),
+                 'small ResNet, whole images': partial(small_resnet, 3), 'ResNet-18 for STL': resnet18_stl,
+                 'ResNet-50': resnet50}
 
 # %% ../nbs/benchmarks.ipynb #027cf542
-def _step_ways(network, batch, size):
-    "The whole step, and the bare forward and backward, as functions without arguments."
-    images, generator = photo_tiles(4*batch, size), make_generator(0)
-    with seeded(0): model = ContrastiveModel(STEP_NETWORKS[network]())
+def _step_ways(network, batch, size, device=None):
+    "The whole step, and the bare network (on a device with loss and update), as functions without arguments."
+    images, generator = photo_tiles(4*batch, size).to(device or 'cpu'), make_generator(0)
+    with seeded(0): model = ContrastiveModel(STEP_NETWORKS[network]()).to(images.device)
     optimizer, seen = torch.optim.SGD(model.parameters(), .05, .9, weight_decay=1e-4), []
     step = simclr_step(model, images, SimCLRAugment(size), .1, generator)
     hook = model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0].detach().clone()))
     model.to(memory_format=torch.channels_last)
-    whole = lambda: update(step(batches(len(images), batch, generator)[0]), optimizer)
+    order = make_generator(1)
+    losses = each(step, (batches(len(images), batch, order)[0] for _ in itertools.count()))
+    whole = lambda: update(next(losses), optimizer)
     whole()
     hook.remove()
     def bare():
         optimizer.zero_grad()
         model(seen[0]).sum().backward()
-    return whole, bare
+    def fed():
+        with autocast(device, model): z1, z2 = model(seen[0]).chunk(2)
+        update({'loss': nt_xent(z1, z2, .1)}, optimizer)
+    return whole, fed if device else bare
 
 # %% ../nbs/benchmarks.ipynb #9b359519
 def run_step(
@@ -472,19 +537,20 @@ def run_step(
     size: int,      # side of the images in pixels
     rounds: int,    # of each way
     targets: dict | None = None,  # network -> what the ratio should be at most
+    device: str | None = None,    # which takes the step; None: all threads
 ) -> dict:          # rows, checks, work
-    "The case `simclr_step`."
-    rows, checks, work = [], [], None
+    "The cases of a SimCLR step, as `simclr_step` and `gpu_step32`."
+    rows, checks, work, who = [], [], None, device or cores()
     for network, batch in batches.items():
         names = f'step of {network}', 'bare network'
         with threads(cores()):
-            ways = dict(zip(names, _step_ways(network, batch, size)))
+            ways = dict(zip(names, _step_ways(network, batch, size, device)))
             seconds = interleave(ways, rounds)
             work = work or count_work(ways[names[0]]) | dict(
-                seconds=statistics.median(seconds[names[0]]), threads=cores(), memory='ram')
+                seconds=statistics.median(seconds[names[0]]), threads=who, memory='ram')
         rows += [row(f'{name}, {2*batch} views', values, 'ms', 1e3) for name, values in seconds.items()]
         checks.append(ratio(seconds, *names, at_most=(targets or {}).get(network)))
-    return dict(rows=rows, checks=checks, work=work, threads=cores())
+    return dict(rows=rows, checks=checks, work=work, threads=who)
 
 # %% ../nbs/benchmarks.ipynb #8fcae7ec
 def clouds(
@@ -505,8 +571,16 @@ def _faiss_flat(z, k):
     x = unit_rows(z).numpy()
     index = faiss.IndexFlatIP(x.shape[1])
     index.add(x)
-    found = torch.from_numpy(index.search(x, k + 1)[1])
-    own = found == torch.arange(len(found))[:, None]
+    return _others(torch.from_numpy(index.search(x, k + 1)[1]), k)
+
+def _plain(z, k):
+    "The same by products of 4,096 rows with all, where they lie."
+    u = unit_rows(z)
+    return _others(torch.cat([(rows @ u.T).topk(k + 1).indices for rows in u.split(4096)]), k)
+
+def _others(found, k):
+    "Neighbors without the point itself."
+    own = found == torch.arange(len(found), device=found.device)[:, None]
     own[~own.any(1), -1] = True
     return found[~own].view(-1, k)
 
@@ -527,6 +601,15 @@ def compare_neighbors(
         gap = max(gap, (cosine[0] - cosine[1]).abs().max().item())
     return 1 - other.double().mean().item(), gap
 
+# %% ../nbs/benchmarks.ipynb #2c472b33
+def _mine_both(z, k, rounds, device):
+    "Seconds of ours and of the other way, and how they compare."
+    other = {'product and topk': _plain} if device else {'faiss flat': _faiss_flat}
+    ways, found = {'ours': mine_neighbors, **other}, {}
+    for mine in ways.values(): mine(z[:1000], k)
+    both = {f'{name}, K = {k}': partial(_keep, found, name, mine, z, k) for name, mine in ways.items()}
+    return interleave(both, rounds), *compare_neighbors(z, *found.values())
+
 # %% ../nbs/benchmarks.ipynb #f4805245
 def run_neighbors(
     n: int,         # points
@@ -534,24 +617,21 @@ def run_neighbors(
     ks: tuple,      # numbers of neighbors
     rounds: int,    # of each way
     target: float | None = None,  # how many times faster ours should be
+    device: str | None = None,    # which mines, beside a plain product there; None: all threads, beside faiss
+    most: float | None = None,    # seconds of ours on a device, at most
 ) -> dict:          # rows, checks, work, notes
-    "The case `neighbors`."
-    z, rows, checks, notes, work = clouds(n, d), [], [], [], None
+    "The cases of exact mining, as `neighbors` and `gpu_near60k`."
+    z, rows, checks, notes = clouds(n, d).to(device or 'cpu'), [], [], []
     with threads(cores()):
         for k in ks:
-            found, names = {}, (f'ours, K = {k}', f'faiss flat, K = {k}')
-            both = [partial(_keep, found, name, mine, z, k) for name, mine in
-                    zip(names, (mine_neighbors, _faiss_flat))]
-            for mine in (mine_neighbors, _faiss_flat): mine(z[:1000], k)
-            seconds = interleave(dict(zip(names, both)), rounds)
+            seconds, same, gap = _mine_both(z, k, rounds, device)
             rows += [row(name, values) for name, values in seconds.items()]
-            checks.append(ratio(seconds, *names[::-1], at_least=target))
-            same, gap = compare_neighbors(z, *found.values())
+            checks.append(ratio(seconds, *list(seconds)[::-1], at_least=target))
+            if device: checks.append(check(f'ours, K = {k}', rows[-2]['median'], 's', at_most=most))
             notes.append(f'K = {k}: {100*same:.4f} % of the places hold the same neighbor.')
             checks.append(check(f'K = {k}: cosines differ by', gap, at_most=1e-6))
-            work = work or count_work(both[0]) | dict(
-                seconds=rows[0]['median'], threads=cores(), memory='cache')
-    return dict(rows=rows, checks=checks, work=work, notes=notes, threads=cores())
+        work = count_work(partial(mine_neighbors, z, ks[0])) | _place(device, rows[0]['median'])
+    return dict(rows=rows, checks=checks, work=work, notes=notes, threads=work['threads'])
 
 # %% ../nbs/benchmarks.ipynb #11305f00
 def run_approximate(
@@ -591,21 +671,21 @@ def run_heads(
     epochs: int,     # of each
     long: tuple,     # heads and epochs of a whole training
     targets: tuple = (None, None),  # most/least heads, at most; seconds of the whole training, at most
+    device: str | None = None,      # which trains them; None: all threads
 ) -> dict:           # rows, checks, work
-    "The case `heads`."
+    "The cases `heads` and `gpu_heads`."
     z, near = clouds(n, d, parts=clusters), torch.randint(n, (n, k), generator=make_generator(0))
+    z, near = z.to(device or 'cpu'), near.to(device or 'cpu')
     fit = lambda h, epochs: partial(train_heads, z, near, clusters, n_heads=h, epochs=epochs)
     ways = {f"{h} head{'s'*(h > 1)}, {epochs} epoch{'s'*(epochs > 1)}": fit(h, epochs) for h in counts}
     with threads(cores()):
         train_heads(z[:1000], near[:1000] % 1000, clusters, n_heads=2, epochs=1)
-        seconds = interleave(ways, rounds)
-        name, most = f'{long[0]} heads, {long[1]} epochs', list(ways)[-1]
-        whole = interleave({name: fit(*long)}, 1)
-        work = count_work(ways[most]) | dict(seconds=statistics.median(seconds[most]), threads=cores(),
-                                             memory='cache')
-    checks = [ratio(seconds, most, list(ways)[0], at_most=targets[0]),
-              check(name, whole[name][0], 's', at_most=targets[1])]
-    return dict(rows=[row(*x) for x in (seconds | whole).items()], checks=checks, work=work, threads=cores())
+        seconds = interleave(ways, rounds) | interleave({'{} heads, {} epochs'.format(*long): fit(*long)}, 1)
+        first, *_, most, whole = seconds
+        work = count_work(ways[most]) | _place(device, statistics.median(seconds[most]))
+    checks = [ratio(seconds, most, first, at_most=targets[0]),
+              check(whole, seconds[whole][0], 's', at_most=targets[1])]
+    return dict(rows=[row(*x) for x in seconds.items()], checks=checks, work=work, threads=work['threads'])
 
 # %% ../nbs/benchmarks.ipynb #b7e66c0f
 def _validation_apart(
@@ -614,40 +694,72 @@ def _validation_apart(
     clusters: int,  # C
     rounds: int,    # to time
     count: bool = False,  # the work, too
+    device: str | None = None,  # where; None: on the CPU
 ) -> dict:          # seconds, peak (bytes beyond the input), input (bytes), work
     "`validate_scan` in a process of its own."
     torch.set_num_threads(cores())
-    validate_scan(torch.randn(100, clusters), torch.randint(100, (100, k)))
-    logits, neighbors = torch.randn(n, clusters), torch.randint(n, (n, k))
-    before, work = peak_memory(anew=True), partial(validate_scan, logits, neighbors)
+    made = lambda n: (torch.randn(n, clusters, device=device), torch.randint(n, (n, k), device=device))
+    validate_scan(*made(100))
+    logits, neighbors = made(n)
+    before, work = peak_memory(True, device), partial(validate_scan, logits, neighbors)
     seconds = interleave(dict(ours=work), rounds)['ours']
-    return dict(seconds=seconds, peak=peak_memory() - before, input=logits.nbytes + neighbors.nbytes,
-                work=count_work(work) if count else None)
+    peak, size = peak_memory(False, device) - before, logits.nbytes + neighbors.nbytes
+    return dict(seconds=seconds, peak=peak, input=size, work=count_work(work) if count else None)
+
+# %% ../nbs/benchmarks.ipynb #81925676
+def _pairs_of(seconds, n, device):
+    "The same for a validation of n pairs."
+    outside = f'the arithmetic of a compiled loop, {1e9*seconds/n:.2g} ns per pair'
+    return _place(device, seconds) | ({} if device else dict(outside=outside))
 
 # %% ../nbs/benchmarks.ipynb #7996a38c
 def run_validation(
     sizes: tuple,   # of (images, neighbors, clusters); memory is compared from the second to the third
     rounds: int,    # of each
     target: float | None = None,  # bytes beyond the input, at most, for the third
-) -> dict:          # rows, checks, work, notes
-    "The case `validation`."
+    device: str | None = None,    # which validates; None: all threads
+    most: float | None = None,    # seconds for the third on a device, at most
+) -> dict:          # rows, checks, work
+    "The cases `validation` and `gpu_validate`."
     found = {size: run_apart('_validation_apart', n=size[0], k=size[1], clusters=size[2], rounds=rounds,
-                             count=i == 0) for i, size in enumerate(sizes)}
-    rows, name = [], 'N = {:,}, K = {}, C = {}'.format
-    for size, x in found.items():
-        rows += [row(name(*size), x['seconds']),
-                 row('  memory beyond the input', [x['peak']], 'MB', 1e-6),
-                 row('  input', [x['input']], 'MB', 1e-6)]
+                             count=i == 0, device=device) for i, size in enumerate(sizes)}
+    name = 'N = {:,}, K = {}, C = {}'.format
+    rows = [one for size, x in found.items() for one in (
+        row(name(*size), x['seconds']), row('  memory beyond the input', [x['peak']], 'MB', 1e-6),
+        row('  input', [x['input']], 'MB', 1e-6))]
     first, small, large = list(found)[:3]
     peaks = [max(1, found[size]['peak']) for size in (small, large)]
     power = math.log(peaks[1]/peaks[0])/math.log(large[0]/small[0])
     checks = [check(f'memory beyond the input, N = {large[0]:,}', found[large]['peak']/1e6, 'MB',
                     at_most=target and target/1e6),
               check('memory grows with N to the power', power, at_most=1.05)]
-    seconds = statistics.median(found[first]['seconds'])
-    outside = f'the arithmetic of a compiled loop, {1e9*seconds/(first[0]*first[1]):.2g} ns per pair'
-    work = found[first]['work'] | dict(seconds=seconds, threads=cores(), memory='cache', outside=outside)
-    return dict(rows=rows, checks=checks, work=work, threads=cores())
+    if device: checks.append(check(name(*large), rows[6]['median'], 's', at_most=most))
+    work = found[first]['work'] | _pairs_of(rows[0]['median'], first[0]*first[1], device)
+    return dict(rows=rows, checks=checks, work=work, threads=work['threads'])
+
+# %% ../nbs/benchmarks.ipynb #2f37d9d1
+def run_training(
+    n: int,          # images
+    size: int,       # their side in pixels
+    network: str,    # of STEP_NETWORKS
+    batches: dict,   # 'scan', 'selflabel' -> images in a batch
+    rounds: int,     # epochs of each
+    device: str,     # which trains
+    targets: dict | None = None,  # as batches -> images per second, at least
+) -> dict:           # rows, checks, work
+    "The case `gpu_train`."
+    images, near = photo_tiles(n, size).to(device), torch.randint(n, (n, 20), generator=make_generator(0))
+    with seeded(0): model = ClusteringModel(STEP_NETWORKS[network](), 10, normalize=Normalize.fit(images))
+    ways, model = dict(scan=train_scan, selflabel=train_selflabel), model.to(device)
+    work = {name: partial(ways[name], model, images, near, StrongAugment(size), epochs=1, batch_size=batch)
+            for name, batch in batches.items()}
+    for epoch in work.values(): epoch()
+    seconds, first = interleave(work, rounds), next(iter(work))
+    rows = [row(f'{name}, an epoch of {n:,} images', values) for name, values in seconds.items()]
+    checks = [check(f'{name}, batches of {batches[name]}', n/statistics.median(values), 'images/s',
+                    at_least=(targets or {}).get(name)) for name, values in seconds.items()]
+    count = count_work(work[first]) | _place(device, rows[0]['median'])
+    return dict(rows=rows, checks=checks, work=count, threads=device)
 
 # %% ../nbs/benchmarks.ipynb #54b44fa5
 def _sklearn_scores(clusters, labels):
@@ -841,6 +953,8 @@ class Case:
     quick: dict     # the same in little, to see that it works
     minutes: float  # about, on two cores
     why: str = ''   # what the limit is made of; ends the sentence that `explain` begins
+    @property
+    def gpu(self): return 'device' in self.full  # is it a case for a GPU?
 
 # %% ../nbs/benchmarks.ipynb #dd746984
 WHY_VIEWS = ('a view is one sampling and some dozens of additions and multiplications per pixel, done while '
@@ -923,6 +1037,70 @@ CASES |= {
         "compares all with all: beyond a million images mine_neighbors(…, index='ivf') takes its place."),
 }
 
+# %% ../nbs/benchmarks.ipynb #b0625770
+def _gpu_case(title, run, full, quick, minutes, why):
+    "A case whose function takes a device."
+    gpu = {'device': 'cuda'}
+    return Case(f'{title}, on a GPU', run, full | gpu, quick | gpu, minutes, why)
+
+# %% ../nbs/benchmarks.ipynb #fb96a92e
+def _gpu_views(kind, size, batch, most):
+    "A case of views there."
+    options = dict(kind=kind, size=size)
+    return _gpu_case(f"{dict(simclr='SimCLR', strong='Strong')[kind]} views at {size}×{size}", run_views,
+                     options | dict(batch=batch, rounds=10, turn=.3, targets=dict(ours=most)),
+                     options | dict(batch=4, rounds=2), .2, 'the pixels of a view are read and written a few '
+                     'times, and each program has to be drawn for, sent and started.')
+
+# %% ../nbs/benchmarks.ipynb #8a712f42
+def _gpu_step(size, quick, **batches):
+    "A case of a SimCLR step there: network -> images in a batch, and most of the ratio."
+    sizes, targets = ({name: x[i] for name, x in batches.items()} for i in (0, 1))
+    return _gpu_case(f'SimCLR step at {size}×{size} and bare network', run_step,
+                     dict(batches=sizes, size=size, rounds=15, targets=targets),
+                     dict(batches={next(iter(batches)): 2}, size=quick, rounds=1), .3,
+                     'what is not the network is the small rest that the ratio above shows.')
+
+# %% ../nbs/benchmarks.ipynb #c37d63e3
+def _gpu_near(n, d, rounds, **goals):
+    "A case of mining there."
+    return _gpu_case(f'Exact neighbors of {n:,} points', run_neighbors,
+                     dict(n=n, d=d, ks=(50,), rounds=rounds) | goals, dict(n=300, d=8, ks=(3,), rounds=2),
+                     rounds*(n/1e6)**2 + .1,
+                     'the product of each pair of points, and the choice of the nearest.')
+
+# %% ../nbs/benchmarks.ipynb #12b6cb42
+CASES |= {f'gpu_{name}{size}': _gpu_views(kind, size, batch, most) for name, kind, size, batch, most in (
+    ('views', 'simclr', 32, 512, 1.), ('views', 'simclr', 96, 512, 2.), ('views', 'simclr', 224, 256, 8.),
+    ('strong', 'strong', 32, 512, 3.), ('strong', 'strong', 96, 512, 4.),
+    ('strong', 'strong', 224, 256, 15.))}
+CASES |= {
+    'gpu_step32': _gpu_step(32, 8, **{'small ResNet, whole images': (512, 1.1), 'ResNet-18': (512, 1.05)}),
+    'gpu_step96': _gpu_step(96, 16, **{'ResNet-18 for STL': (256, 1.05)}),
+    'gpu_step224': _gpu_step(224, 16, **{'ResNet-50': (128, 1.05)}),
+    'gpu_near60k': _gpu_near(60_000, 256, 5, target=2), 'gpu_near120k': _gpu_near(120_000, 256, 5, target=2),
+    'gpu_near240k': _gpu_near(240_000, 256, 3, target=2),
+    'gpu_near1281k': _gpu_near(1_281_167, 128, 1, most=15)}
+
+# %% ../nbs/benchmarks.ipynb #4ac09d79
+CASES |= {
+    'gpu_heads': _gpu_case(
+        'Many heads at once', run_heads,
+        dict(n=60_000, d=256, k=50, clusters=10, counts=(1, 64), rounds=3, epochs=2, long=(64, 15),
+             targets=(None, 1.5)),
+        CASES['heads'].quick, .3, CASES['heads'].why),
+    'gpu_validate': _gpu_case(
+        'SCAN loss over all pairs', run_validation,
+        dict(sizes=tuple((n, 50, 1000) for n in (50_000, 200_000, 1_281_167)), rounds=3, most=2),
+        CASES['validation'].quick, .7, CASES['validation'].why),
+    'gpu_train': _gpu_case(
+        'Epochs of SCAN and self-labelling', run_training,
+        dict(n=8192, size=32, network='ResNet-18', batches=dict(scan=128, selflabel=1000), rounds=3,
+             targets=dict(scan=17_070, selflabel=38_553)),
+        dict(n=40, size=8, network='small ResNet', batches=dict(scan=20, selflabel=20), rounds=1), .5,
+        'the convolutions of the network, of small batches in the first stage, and the views before them.'),
+}
+
 # %% ../nbs/benchmarks.ipynb #08623762
 def explain(
     result: dict,  # of a case
@@ -939,9 +1117,9 @@ def format_result(
 ) -> str:          # several lines
     "A table with the explanation."
     if 'error' in result: return f"{result['name']}: failed, {result['error']}"
-    n, rows = result['threads'], result['rows']
+    rows = result['rows']
     wide = max(len(r['name']) for r in rows)
-    lines = [f"{result['name']}: {result['title']}, {n} thread{'s'*(n > 1)}"]
+    lines = [f"{result['name']}: {result['title']}, {_who(result['threads'])}"]
     for r in rows:
         spread = f"  ({r['low']:,.3g}–{r['high']:,.3g} in {r['rounds']})" if r['rounds'] > 1 else ''
         lines.append(f"  {r['name']:<{wide}} {r['median']:>10,.4g} {r['unit']}{spread}")
@@ -951,13 +1129,17 @@ def format_result(
 
 # %% ../nbs/benchmarks.ipynb #37555ffe
 def choose_cases(
-    names: list,  # of cases; empty: all
+    names: list,  # of cases; empty: all that can run here
 ) -> list:        # names, the machine first
-    "Raises UserError, with the closest name, for a case that does not exist."
+    "Raises UserError for a case that does not exist, with the closest name, or that this machine cannot run."
+    able = torch.cuda.is_available()
     for name in names:
         if name not in CASES:
             raise UserError(f"There is no benchmark '{name}': did you mean '{closest(name, CASES)}'?")
-    return ['machine', *(name for name in names or CASES if name != 'machine')]
+        if CASES[name] and CASES[name].gpu and not able:
+            raise UserError(f"The benchmark '{name}' needs a GPU, and PyTorch finds none here.")
+    every = [name for name in names or CASES if name != 'machine']
+    return ['machine', *(name for name in every if able or not CASES[name].gpu)]
 
 # %% ../nbs/benchmarks.ipynb #76f0eb47
 def run_case(
@@ -973,19 +1155,20 @@ def run_case(
 
 # %% ../nbs/benchmarks.ipynb #6d47253e
 def run_benchmarks(
-    names: list = (),     # of cases; empty: all
+    names: list = (),     # of cases; empty: all that can run here
     quick: bool = False,  # small sizes, to see that it works
     file: str | Path | None = None,  # JSON to write
     say: Callable = print,           # function(text), called as each case ends
 ) -> dict:                # name -> result
     "Run cases. Raises UserError for an unknown name, OSError when the file cannot be written."
-    names, results = choose_cases(list(names)), {}
+    all_asked, names, results = not names, choose_cases(list(names)), {}
     def write():
         if file is None: return
         with atomic_write(Path(file)) as f: f.write(json.dumps(results, indent=1).encode())
     write()
     minutes = .1*len(names) if quick else sum(CASES[name].minutes for name in names)
     say(f'{len(names)} cases, about {math.ceil(minutes)} minutes on two cores.')
+    if all_asked and not torch.cuda.is_available(): say('Cases of a GPU are left out: there is none.')
     for name in names:
         results[name] = run_case(name, quick)
         write()

@@ -295,7 +295,7 @@ def _bench(args): # names, json, quick, list
     from functools import partial
     from scan_nb.benchmarks import CASES, run_benchmarks
     from scan_nb.data import UserError
-    if args.list: return print(*(f'{name:<12} {case.title}' for name, case in CASES.items()), sep='\n')
+    if args.list: return print(*(f'{name:<13} {case.title}' for name, case in CASES.items()), sep='\n')
     results = run_benchmarks(args.names, args.quick, args.json, partial(print, flush=True))
     failed = [name for name, result in results.items() if 'error' in result]
     if failed: raise UserError(f"These benchmarks failed, as said above: {', '.join(failed)}.")

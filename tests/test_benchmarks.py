@@ -21,7 +21,8 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 def check_shape(name, result):
     assert result['name'] == name and result['title'] == CASES[name].title and result['quick']
-    assert result['threads'] >= 1 and result['minutes'] > 0 and result['rows']
+    assert (result['threads'] == 'cuda' if CASES[name].gpu else result['threads'] >= 1)
+    assert result['minutes'] > 0 and result['rows']
     for r in result['rows']: assert r['low'] <= r['median'] <= r['high'] and r['rounds'] >= 1 and r['unit']
     for x in result.get('checks', []): assert math.isfinite(x['value']) and x['met'] in (True, False, None)
     if name == 'machine': return
@@ -54,23 +55,95 @@ def check_pictures(results):
 
 def copied(values): return json.loads(json.dumps(values))   # as they come out of another process
 
-def test_all_cases_run(tmp_path, monkeypatch, subtests):
-    "What the command says and writes. Processes of its own cost imports; one is started below."
+@pytest.fixture
+def one_process(monkeypatch):
+    "Processes of its own cost imports; one is started below."
     def here(name, **options): return copied(getattr(benchmarks, name)(**copied(options)))
     monkeypatch.setattr(benchmarks, 'run_apart', here)
+
+GPU_CASES = [name for name, case in CASES.items() if case.gpu]
+
+def test_all_cases_run(one_process, tmp_path, monkeypatch, subtests):
+    "What the command says and writes."
     monkeypatch.setenv('OMP_NUM_THREADS', '1')   # beside other tests, two threads wait busily for each other
     file = tmp_path/'all.json'
     with redirect_stdout(io.StringIO()) as out: code = main(['bench', '--quick', '--json', str(file)])
     said, results = out.getvalue(), json.loads(file.read_text())
     assert not [r['error'] for r in results.values() if 'error' in r] and code == 0
-    assert list(results) == list(CASES) and list(results)[0] == 'machine'
-    assert f'{len(CASES)} cases, about' in said.splitlines()[0]
-    for name in CASES:
+    here = [name for name in CASES if torch.cuda.is_available() or name not in GPU_CASES]
+    assert list(results) == here and here[0] == 'machine'
+    assert f'{len(here)} cases, about' in said.splitlines()[0]
+    for name in here:
         with subtests.test(name): check_shape(name, results[name])
         with subtests.test(f'table of {name}'): check_table(name, said, results)
     with subtests.test('the machine is named'): check_machine(results['machine'])
     with subtests.test('alternatives agree with ours'): check_agreement(results)
     with subtests.test('pictures'): check_pictures(results)
+
+# -- cases of a GPU --
+
+@pytest.fixture
+def no_gpu(monkeypatch): monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+
+@pytest.fixture(scope='module')
+def both_peaks(): return benchmarks.run_machine(256, 4, 2, device='cpu')
+
+@pytest.mark.parametrize('name', GPU_CASES)
+def test_gpu_cases_run_in_little(name, one_process, both_peaks):
+    "All of their code but the device."
+    case = CASES[name]
+    assert case.full['device'] == case.quick['device'] == 'cuda' and case.title.endswith('on a GPU')
+    result = dict(name=name, title=case.title) | case.run(**case.quick | dict(device='cpu'))
+    assert result['threads'] == result['work']['threads'] == 'cpu' and not result.get('missing')
+    for x in result['checks']: assert math.isfinite(x['value'])
+    table = format_result(result, both_peaks['peaks'])
+    assert f'{case.title}, cpu\n' in table and 'that cpu can do here' in table and table.endswith(case.why)
+
+def test_a_gpu_has_peaks_of_its_own(both_peaks, monkeypatch):
+    assert list(both_peaks['peaks'])[-1] == 'cpu' and 'cache' not in both_peaks['peaks']['cpu']
+    assert [r['name'] for r in both_peaks['rows']][-1] == 'copy in memory, cpu'
+    monkeypatch.setattr(torch.cuda, 'get_device_name', {'cuda': 'NVIDIA H200'}.get)
+    assert [benchmarks._who(n) for n in (1, '2', 'cuda')] == ['1 thread', '2 threads', 'NVIDIA H200']
+
+def test_a_turn_ends_when_the_gpu_has_done_its_part(monkeypatch):
+    order = []
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: order.append('waits'))
+    interleave(dict(a=lambda: order.append('a')), 2)
+    assert order == ['waits', 'a', 'waits', 'a', 'waits']
+    order.clear()
+    count_work(lambda: torch.ones(2).exp())
+    assert order == ['waits']*6   # each operation, three times
+
+def test_without_a_gpu_its_cases_are_left_out(no_gpu, monkeypatch):
+    assert GPU_CASES and not {*GPU_CASES} & {*benchmarks.choose_cases([])}
+    monkeypatch.setattr(benchmarks, 'run_case', lambda name, quick: dict(name=name, error='none'))
+    said = []
+    run_benchmarks(quick=True, say=said.append)
+    assert [text for text in said if 'GPU' in text] == ['Cases of a GPU are left out: there is none.']
+
+def test_with_a_gpu_all_cases_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert benchmarks.choose_cases([]) == list(CASES)
+    assert benchmarks.choose_cases(['gpu_heads']) == ['machine', 'gpu_heads']
+
+def test_a_case_of_a_gpu_needs_one(no_gpu, capsys):
+    assert main(['bench', 'heads', 'gpu_heads']) == 2
+    out, err = capsys.readouterr()
+    assert not out and err == "scan-nb: The benchmark 'gpu_heads' needs a GPU, and PyTorch finds none here.\n"
+
+def test_goals_of_a_gpu():
+    most = {name: CASES[f'gpu_{name}'].full['targets']['ours'] for name in (
+        'views32', 'views96', 'views224', 'strong32', 'strong96', 'strong224')}
+    assert [*most.values()] == [1, 2, 8, 3, 4, 15]
+    steps = [CASES[f'gpu_step{size}'].full for size in (32, 96, 224)]
+    assert [step['batches'] for step in steps] == [{'small ResNet, whole images': 512, 'ResNet-18': 512},
+                                                   {'ResNet-18 for STL': 256}, {'ResNet-50': 128}]
+    assert [*steps[0]['targets'].values()] == [1.1, 1.05]
+    near = [CASES[f'gpu_near{n}'].full for n in ('60k', '120k', '240k', '1281k')]
+    assert [x.get('target') for x in near] == [2, 2, 2, None] and near[-1]['most'] == 15
+    assert CASES['gpu_heads'].full['targets'] == (None, 1.5) and CASES['gpu_validate'].full['most'] == 2
+    assert CASES['gpu_train'].full['targets'] == dict(scan=17_070, selflabel=38_553)
 
 def test_targets_stand_in_the_full_sizes():
     assert CASES['views32'].full['targets'] == {'torchvision on PIL': 15, 'kornia': 5}
