@@ -139,20 +139,19 @@ def _spread(n, count): # positions, all if there are no more
 
 
 def _kmeans(outcomes, splits, device): # baseline -> split -> int32
-    "k-means on pixels and on features, fitted on at most 10,000 images of the first split."
+    "k-means on features, and on pixels of small images, fitted on at most 10,000 images of the first split."
     r, first, limit, found = outcomes[-1].recipe, next(iter(splits)), 2**29, {}
     some = {k: _spread(len(v), max(1000, limit//v.images[0].numel())) for k, v in splits.items()}
     fitted, known = _spread(len(splits[first]), 10_000), outcomes[0].features(first)
     there = {k for k, v in splits.items() if len(known.get(k, ())) == len(v)}
     pretext = outcomes[0].load(device) if splits.keys() - there else None
-    def pixels(split, rows): # of larger images 32×32
-        x = splits[split].images
-        return _small(x, rows, 32 if x.shape[-1] > 96 else 96)
+    def pixels(split, rows): return splits[split].images[rows]
     def features(split, rows):
         if split in there: return known[split][rows]
         x = splits[split].images[rows]
         return embed(pretext, center_crop(x, r.size or min(x.shape[2:])))
-    for see in (pixels, features)[splits[first].facts.get('blank', 0):]:   # features alone
+    large = splits[first].images.shape[-1] > 96 or splits[first].facts.get('blank', False)
+    for see in (pixels, features)[large:]:   # features alone
         seen = {k: see(k, rows) for k, rows in some.items()}
         x = seen[first] if some[first].equal(fitted) else see(first, fitted)
         every = x if len(seen) == 1 and x is seen[first] else torch.cat([*seen.values()])
@@ -521,10 +520,11 @@ def _tiles(metrics): # (value, name, note) each
     tiles = [(f"{sum(final['sizes']):,}", 'images', metrics['split'] if len(metrics['splits']) > 1 else ''),
              (f"{final['n_clusters']}", 'clusters', f"effectively {final['effective_clusters']:.1f}"),
              (f"{100*final['mean_confidence']:.1f} %", 'certainty', 'mean over the images')]
-    base = metrics['baselines'].get('kmeans_pixels', {}).get(split, {})
+    rival = next(iter(metrics['baselines']), '')   # pixels where they are small
+    base = metrics['baselines'].get(rival, {}).get(split, {})
     for key, name in names.items():
         if key not in final or key not in _scores_shown(metrics): continue
-        note = f'k-means on pixels: {100*base[key]:.1f} %' if key in base else ''
+        note = f'{STAGE_NAMES[rival]}: {100*base[key]:.1f} %' if key in base else ''
         tiles.append((f'{100*final[key]:.1f} %', name, note))
     return tiles + last
 

@@ -405,6 +405,14 @@ def test_k_means_learns_from_the_images_that_were_learned_from(made, monkeypatch
     want = kmeans_baseline(data.images, 5, outcomes[1].recipe.seed)[:2]
     assert torch.equal(found['test'].long(), want)
 
+def test_thumbnails_of_large_images_are_no_rival(made, monkeypatch):
+    data, *outcomes = made
+    monkeypatch.setattr(report, 'embed_2d', lambda z, seed: z[:, :2])
+    def rivals(side):
+        images = torch.nn.functional.interpolate(data.images, (side, side))
+        return [*compare(outcomes, dict(train=replace(data, images=images)), torch.zeros(90, 2))['clusters']]
+    assert rivals(96) == ['kmeans_pixels', 'kmeans_features'] and rivals(97) == ['kmeans_features']
+
 def test_comparisons_of_many_images_look_at_some(made, monkeypatch):
     data, *outcomes = made
     many, seen = data[torch.arange(10_050) % 90], []
