@@ -33,13 +33,13 @@ def run_over(
     model: nn.Module,       # put in eval mode meanwhile
     images: Tensor,         # N×C×H×W, on any device or memory-mapped
     read: Callable,         # function(B×C×H×W on the model's device) -> …×B×D, computed by the model
-    batch_size: int|None = None,  # images at a time; None: 512, on a CPU fewer of more than 37×37 in color
+    batch_size: int|None = None,  # images at a time; None: 512, on a CPU fewer of more than 26×26 in color
     augment: Callable|None = None,  # function(images) -> what is read in their place
 ) -> Tensor:                # …×N×D float32 on the CPU
     "What a model says, in float32, of every image; several processes share the work. UserError without one."
     if not (n := len(images)): raise UserError('There is no image to look at.')
     device, found = next(model.parameters(), images).device, []
-    batch_size = batch_size or max(16, min(512, held(device)//4//images[0].numel()))
+    batch_size = batch_size or max(4, min(512, held(device)//8//images[0].numel()))
     with evaluating(model):
         for indices in shares(n, batch_size):
             x = take(images, indices, device)
