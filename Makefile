@@ -8,7 +8,7 @@ help:
 	@echo 'make test       lint, unit tests, and every notebook executed'
 	@echo 'make notebooks  export and execute all notebooks, store their outputs (SLOW=1: the slow cells too)'
 	@echo 'make readme     write README.md from nbs/index.ipynb'
-	@echo 'make docs       write HTML pages into _docs'
+	@echo 'make docs       write the website into _docs'
 	@echo 'make bench      run the benchmarks, about half an hour, and store what they show'
 	@echo 'make clean      remove caches and built pages; keeps .venv and runs'
 
@@ -32,8 +32,8 @@ readme: .venv/.dev
 	$(BIN)/python tests/render.py readme
 
 docs: .venv/.dev
-	$(BIN)/python tests/render.py docs
-	@echo 'The pages are in _docs: open _docs/index.html in a browser.'
+	$(BIN)/python tests/build_site.py
+	@echo 'The site is in _docs: open _docs/index.html in a browser.'
 
 bench: .venv/.bench
 	OMP_NUM_THREADS=$$($(BIN)/python -c 'import os; print(os.cpu_count())') \
@@ -43,7 +43,7 @@ clean:
 	rm -rf _docs _proc build dist .pytest_cache .ruff_cache .hypothesis
 	find nbs scan_nb tests \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
-# The runtime requirements are enough for `demo`; the rest adds the development extra. PyTorch is large: minutes.
+# The runtime requirements are enough for `demo`; the rest adds the extras for work on it. PyTorch is large: minutes.
 .venv/.run: settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	  { echo 'scan_nb needs Python 3.10 or newer, which `$(PYTHON)` is not; name one that is: make PYTHON=python3.12'; exit 1; }
@@ -52,7 +52,7 @@ clean:
 	@touch $@
 
 .venv/.dev: .venv/.run
-	$(BIN)/python -m pip install -e '.[dev]'
+	$(BIN)/python -m pip install -e '.[dev,docs]'
 	@touch $@
 
 .venv/.bench: .venv/.dev

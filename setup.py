@@ -20,7 +20,7 @@ setup(
     package_data={cfg['lib_path']: ['configs/*.yml', 'configs/*/*.yml']},
     python_requires='>='+cfg['min_python'],
     install_requires=words('requirements'),
-    extras_require={name: words(f'{name}_requirements') for name in ('dev', 'bench')},
+    extras_require={name: words(f'{name}_requirements') for name in ('dev', 'docs', 'bench')},
     entry_points={'console_scripts': words('console_scripts'),
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
 )

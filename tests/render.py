@@ -1,18 +1,16 @@
-"""README.md from `nbs/index.ipynb`, or HTML pages of all notebooks; stored outputs, no quarto.
+"""README.md from `nbs/index.ipynb` with its stored outputs, no quarto.
 
     python tests/render.py readme      # writes README.md and its figures, nbs/images/index_*
-    python tests/render.py docs        # writes _docs/*.html
 
 A cell under `#| hide` is left out, and of one under `#| hide-input` only the outputs are shown.
 """
-import logging
 import posixpath
 import re
 import sys
 
 import nbformat
-from nbconvert import HTMLExporter, MarkdownExporter
-from run_notebooks import NBS, ROOT, directives, notebooks
+from nbconvert import MarkdownExporter
+from run_notebooks import NBS, ROOT, directives
 
 LEAD = re.compile(r'\A(?:[ \t]*#[ \t]*\|.*\n?)+')
 LINK = re.compile(r'(\]\(|(?:src|href)=")(?![a-z]+:|[#/])([^)"\s]+)')
@@ -44,18 +42,6 @@ def write_readme():
         (ROOT/name).parent.mkdir(exist_ok=True)
         (ROOT/name).write_bytes(data)
 
-def write_docs(dest=ROOT/'_docs'):
-    logging.getLogger('traitlets').setLevel(logging.ERROR)      # no word on figures without alternative text
-    exporter = HTMLExporter(embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True)
-    for path in notebooks():
-        nb = prepare(nbformat.read(path, as_version=4), lambda target: re.sub(r'\.ipynb\b', '.html', target))
-        nb.metadata.title = nb.cells[0].source.splitlines()[0].lstrip('# ')
-        page = (dest/path.relative_to(NBS)).with_suffix('.html')
-        page.parent.mkdir(parents=True, exist_ok=True)
-        html, _ = exporter.from_notebook_node(nb, {'metadata': {'path': str(path.parent)}})
-        page.write_text(html, encoding='utf-8')
-
 if __name__ == '__main__':
-    jobs = {'readme': write_readme, 'docs': write_docs}
-    if len(sys.argv) != 2 or sys.argv[1] not in jobs: sys.exit(__doc__)
-    jobs[sys.argv[1]]()
+    if sys.argv[1:] != ['readme']: sys.exit(__doc__)
+    write_readme()

@@ -4,7 +4,6 @@ import re
 
 import nbformat
 import pytest
-import render
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from render import readme
 from run_notebooks import NBS, ROOT, notebooks
@@ -65,16 +64,6 @@ def test_hidden_inputs_leave_their_outputs(rendered):
     assert 'make_table' not in rendered[0] and '\n| three |\n' in rendered[0]
 
 def test_no_line_is_made_of_spaces(rendered): assert not re.search(r'^ +$', rendered[0], re.M)
-
-def test_pages_hide_the_same(tmp_path, monkeypatch):
-    shown = new_output('execute_result', {'text/plain': 'the answer'})
-    cells = [new_markdown_cell('# Title'), new_code_cell('#| hide-input\nquestion()', outputs=[shown])]
-    nbformat.write(new_notebook(cells=cells), tmp_path/'a.ipynb')
-    monkeypatch.setattr(render, 'NBS', tmp_path)
-    monkeypatch.setattr(render, 'notebooks', lambda: [tmp_path/'a.ipynb'])
-    render.write_docs(tmp_path/'docs')
-    page = (tmp_path/'docs'/'a.html').read_text()
-    assert 'the answer' in page and 'question' not in page and 'hide-input' not in page
 
 def test_figures_become_files(rendered):
     assert '](nbs/images/index_0.png)' in rendered[0] and '<Figure>' not in rendered[0]
