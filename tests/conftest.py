@@ -6,7 +6,7 @@ import torch
 sys.modules.setdefault('rfc3987_syntax', None)   # a grammar of addresses; jsonschema can do without
 
 LONG = ('test_pipeline', 'test_stages', 'test_cli', 'test_distributed', 'test_faults', 'test_matrix',
-        'test_benchmarks')
+        'test_benchmarks', 'test_site')
 
 def pytest_collection_modifyitems(items):
     "Notebooks are executed first, then long files, so that little is left at the end; a file stays whole."
