@@ -77,12 +77,13 @@ class Notebook:
         """What Sphinx gets: nothing hidden, a text below the claim, a target at some cells, an alternative
         text for each figure, and a link on each name that has a home."""
         nb = prepare(self.nb, self.link)
-        text = re.sub(rf'\n+{re.escape(ENGINE)}$', '', BADGE.sub('', TIMES.sub('', self.head)), flags=re.M)
+        text = BADGE.sub('', TIMES.sub('', self.head))
         nb.cells[0].source = text.replace(f'> {self.claim}', f'> {self.claim}\n\n{below}\n', 1)
         cells, title, said = [], self.title, ''
         for c in nb.cells:
             if c.id in targets: cells.append(new_markdown_cell(f'(cell-{c.id})='))
             if c.cell_type == 'markdown':
+                c.source = re.sub(rf'{ENGINE}\s*', '', c.source)   # is said below the claim
                 title = (re.findall(r'^#+ (.+)', c.source, re.M) or [title])[-1]
                 prose = [p for p in re.split(r'\n\s*\n', c.source) if p.strip() and p[0] not in '#|!$`']
                 said = prose[-1] if prose else said
