@@ -125,12 +125,14 @@ def write_pages(top):
         nbformat.write(page, top/f'{b.doc}.ipynb')
 
 def build(to=ROOT/'_docs'):
-    "The site in a folder, which is emptied first; a warning is an error. Sphinx's exit status."
-    rmtree(to, ignore_errors=True)
+    "The site in a folder, in place of what was there. Sphinx's exit status: a warning is an error."
     with TemporaryDirectory() as top:
-        pages, trees = Path(top)/'pages', Path(top)/'trees'
+        pages, trees, site = (Path(top)/name for name in ('pages', 'trees', 'site'))
         pages.mkdir()
         write_pages(pages)
-        return sphinx(['-q', '-W', '--keep-going', '-c', str(HERE), '-d', str(trees), str(pages), str(to)])
+        fault = sphinx(['-q', '-W', '--keep-going', '-c', str(HERE), '-d', str(trees), str(pages), str(site)])
+        rmtree(to, ignore_errors=True)
+        if not fault: copytree(site, to)
+        return fault
 
 if __name__ == '__main__': sys.exit(build(*map(Path, sys.argv[1:])))
