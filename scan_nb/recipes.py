@@ -293,7 +293,7 @@ class ScanRecipe(StageRecipe):
     head_only: bool = False       # the backbone stays as it is
     heads_epochs: int = 0         # a start by heads on fixed features, of so many epochs; 0: none
     tried_heads: int = 64         # so many heads are tried there, side by side; the best starts the network
-    head_choice: Literal['loss', 'agreement', 'both'] = 'loss'  # what makes it the best, see `choose_head`
+    head_choice: Literal['loss', 'agreement', 'both', 'consensus'] = 'loss'  # notebooks 09 and 09b
     heads_decay: float = 0.       # weight decay of these heads; above 0 on features of a large network
     objective: Literal['scan', 'temi'] = 'scan'  # of these heads, see `train_heads`
     prior: tuple[float, ...]|Literal['estimate']|None = None  # shares of the clusters; None: all equal

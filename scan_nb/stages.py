@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from torch import Tensor, nn
+from .consensus import train_consensus
 from .data import ImageSet, UserError
 from .datasets import cache_dir, fingerprint_images
 from .distributed import check_shares, from_first, place
@@ -328,6 +329,10 @@ def _start_model(stage): # a ClusteringModel on the device; neighbors N×K
     return model, near
 
 # %% ../nbs/12_stages.ipynb #1200003d
+def _fit_heads(recipe, *data, **options): # for `train_heads`
+    if recipe.head_choice == 'consensus': return train_consensus(*data, **options)
+    return train_heads(*data, choose=recipe.head_choice, **options)
+
 def _try_heads(stage, model, neighbors): # the model gets the best head
     "Many heads on fixed features; the best one starts the network. In a folder the result is kept."
     r, z = stage.recipe, stage.start.embeddings
@@ -336,10 +341,9 @@ def _try_heads(stage, model, neighbors): # the model gets the best head
     if found is None:
         if z is None or len(z) != len(neighbors): z = stage.embed(model)
         z, near, size = z.to(stage.device), neighbors.to(stage.device), 512 - 512 % place()[1]
-        heads = train_heads(z, near, r.n_clusters, n_heads=r.tried_heads, epochs=r.heads_epochs, seed=r.seed,
-                            batch_size=size, entropy_weight=r.entropy_weight, prior=r.prior,
-                            choose=r.head_choice, objective=r.objective, weight_decay=r.heads_decay,
-                            progress=stage.bar('heads'))
+        heads = _fit_heads(r, z, near, r.n_clusters, n_heads=r.tried_heads, epochs=r.heads_epochs,
+                           seed=r.seed, batch_size=size, entropy_weight=r.entropy_weight, prior=r.prior,
+                           objective=r.objective, weight_decay=r.heads_decay, progress=stage.bar('heads'))
         with seeded(r.seed): head = select_head(heads.heads, heads.best).state_dict()
         found = dict(head=head, best=heads.best, history=heads.history, seconds=time.monotonic() - begun)
         if saved and not place()[0]: saved.save(**found)
@@ -347,6 +351,7 @@ def _try_heads(stage, model, neighbors): # the model gets the best head
     with seeded(r.seed): model.cluster_head = select_head(model.cluster_head, 0)
     model.cluster_head.load_state_dict(found['head'])
     reason = f"head {found['best']} of {r.tried_heads}, chosen without labels"
+    if r.head_choice == 'consensus': reason = f'what {r.tried_heads} heads agree on'
     stage.say(f'{stage.name} starts with {reason}')
     stage.note_clusters('heads', model, found['history'], True, reason, found['seconds'])
 
@@ -455,7 +460,7 @@ def estimate_seconds(
     k, power = min(r.n_neighbors, few - 1), 2 if r.index == 'exact' else 1
     near = torch.randint(few, (few, k), generator=g).to(stage.device)
     mining = _seconds_of(lambda: mine_neighbors(z, k, r.index).cpu())*(n/few)**power
-    heads = _seconds_of(lambda: train_heads(z, near, s.n_clusters, n_heads=s.tried_heads, epochs=1))*n/few
+    heads = _seconds_of(lambda: _fit_heads(s, z, near, s.n_clusters, n_heads=s.tried_heads, epochs=1))*n/few
     ready = r.pretrained and not frozen
     return dict(pretext=epoch*r.epochs*(not ready), neighbors=mining, heads=heads*s.heads_epochs) | {
         name: epoch*q.epochs for name, q in recipe.stages.items() if name != 'pretext'}

@@ -9,6 +9,7 @@ from PIL import Image
 from scan_nb import distributed, files as files_room, moco, report, training
 from scan_nb.views import SimCLRAugment
 from scan_nb.cli import main
+from scan_nb.consensus import train_consensus
 from scan_nb.data import UserError, digits
 from scan_nb.datasets import atomic_write
 from scan_nb.distributed import (JointBatchNorm, batches, check_shares, from_first, gather, joined,
@@ -118,6 +119,13 @@ def heads():
     found = train_heads(z, NEIGHBORS[:90] % 90, 3, n_heads=4, epochs=2, batch_size=30)
     return dict(weight=found.heads.weight.detach(), losses=found.losses)
 
+def consensus():
+    "Three heaps, which two processes have to find as one does."
+    z = torch.randn(90, 5, generator=make_generator(0)) + 8*torch.eye(3, 5).repeat(30, 1)
+    near = (torch.arange(90)[:, None] + torch.tensor([3, 6, 9, 12])) % 90
+    found = train_consensus(z, near, 3, n_heads=8, epochs=40, batch_size=30)
+    return dict(weight=found.heads.weight.detach(), clusters=found.heads(z)[0].argmax(1))
+
 # ---- the rest of what processes do -------------------------------------------------------------------------
 
 def features():
@@ -172,7 +180,8 @@ def odds(rank):
 def process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
-    found = {name: make() for name, make in (STEPS | dict(heads=heads, features=features)).items()}
+    steps = STEPS | dict(heads=heads, consensus=consensus, features=features)
+    found = {name: make() for name, make in steps.items()}
     found |= dict(training=twice(folder), odds=odds(rank))
     torch.save(found, folder/f'{rank}.pt')
     dist.barrier()
@@ -225,6 +234,14 @@ def test_gradients_differ_without_the_other_half(both):
 def test_heads_are_trained_together(both):
     a, b = (found['heads'] for found in both)
     assert same(a, b) and a['losses'].isfinite().all()
+
+def test_the_consensus_is_found_together(both):
+    a, b = (found['consensus'] for found in both)
+    alone = consensus()['clusters']
+    assert torch.equal(a['weight'], b['weight']) and torch.equal(a['clusters'], b['clusters'])
+    pairs = torch.stack([a['clusters'], alone]).unique(dim=1)
+    assert pairs.shape == (2, 3) and len(alone.unique()) == 3   # the same but for names
+
 
 def test_features_are_those_of_one(both):
     one = features()

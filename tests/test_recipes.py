@@ -210,7 +210,7 @@ own = {
     'scan': dict(
         entropy_weight=positive, n_neighbors=st.none() | st.integers(1, 99), n_heads=st.integers(1, 99),
         head_only=st.booleans(), heads_epochs=st.integers(1, 99), tried_heads=st.integers(1, 99),
-        head_choice=st.sampled_from(['loss', 'agreement', 'both']),
+        head_choice=st.sampled_from(['loss', 'agreement', 'both', 'consensus']),
         objective=st.sampled_from(['scan', 'temi']), heads_decay=positive, remine_every=st.integers(0, 9)),
     'selflabel': dict(
         threshold=st.floats(0, .999), balance=st.booleans(), ema_decay=st.none() | st.floats(0, .999),
@@ -340,7 +340,7 @@ SENTENCES = [   # setting, value, sentence; a setting with a stage belongs to th
     ('pretext.time_window', -1., 'pretext.time_window is -1.0: give a number of at least 0.'),
     ('pretext.pretrained', 3, 'pretext.pretrained is 3: give a text or null.'),
     ('pretext.more_views', 3, 'pretext.more_views is 3: give a list of mappings.'),
-    ('scan.head_choice', 'luck', "scan.head_choice is 'luck': give loss or agreement or both."),
+    ('scan.head_choice', 'luck', "scan.head_choice is 'luck': give loss or agreement or both or consensus."),
     ('scan.objective', 'dino', "scan.objective is 'dino': give scan or temi."),
     ('scan.head_only', 1, 'scan.head_only is 1: give true or false.'),
     ('scan.views', 'theirs', "scan.views is 'theirs': give standard or simclr or ours."),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest, torch
 from torch.nn import functional as F
 from scan_nb import files as files_room, stages, training
+from scan_nb.consensus import train_consensus
 from scan_nb.data import ImageSet, UserError, digits
 from scan_nb.models import read_weights
 from scan_nb.neighbors import center_crop, embed
@@ -595,6 +596,14 @@ def test_the_choice_of_heads_decides(data, recipe, whole):
         scan = replace(recipe.scan, tried_heads=6, heads_epochs=3, epochs=0, head_choice=choice, seed=seed)
         reason = run_scan(scan, {'all': data}, whole[0][0]).steps['heads']['reason']
         assert reason == f'head {head} of 6, chosen without labels'
+
+def test_the_consensus_of_heads_starts_the_network(data, recipe, whole):
+    z, near = whole[0][0].embeddings, whole[0][0].neighbors
+    scan = replace(recipe.scan, tried_heads=6, heads_epochs=3, epochs=0, head_choice='consensus')
+    found = run_scan(scan, {'all': data}, whole[0][0])
+    assert found.steps['heads']['reason'] == 'what 6 heads agree on'
+    joined = train_consensus(z, near, 3, n_heads=6, epochs=3, seed=scan.seed, entropy_weight=5.)
+    assert torch.equal(found.model.cluster_head(z), joined.heads(z))
 
 def test_the_index_reaches_the_mining(data, recipe, whole, monkeypatch):
     used = []

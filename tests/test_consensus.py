@@ -1,0 +1,136 @@
+"A second round of heads, what they agree on, and the linear head that learns it."
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import normalized_mutual_info_score
+
+from scan_nb.consensus import assignments, imitate, train_consensus
+from scan_nb.data import UserError, digits
+from scan_nb.evaluate import cluster_metrics
+from scan_nb.models import ClusterHeads
+from scan_nb.neighbors_fast import mine_neighbors
+from scan_nb.scan import train_heads
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+QUICK = dict(n_heads=8, epochs=30, batch_size=64)
+
+def blobs(sizes=(60, 60, 60), dim=6, seed=0):
+    "Far apart, in an order that tells nothing: embeddings, neighbors, labels."
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    centers = 6*rng.standard_normal((len(sizes), dim))
+    z = torch.tensor(centers[labels] + rng.standard_normal((len(labels), dim))).float()
+    return z, mine_neighbors(z, 5), torch.tensor(labels)
+
+def accuracy(found, z, labels): return cluster_metrics(found.heads(z)[found.best].argmax(1), labels)['acc']
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(2, 4), st.integers(1, 40), st.integers(0, 99))
+def test_assignments(h, d, c, n, seed):
+    torch.manual_seed(seed)
+    heads, z = ClusterHeads(d, c, h), torch.randn(n, d)
+    found = assignments(heads, z)
+    assert found.shape == (n, h*c) and not found.requires_grad
+    for k in range(h):
+        logits = z.double() @ heads.weight[k].double() + heads.bias[k].double()
+        e = (logits - logits.max(1, keepdim=True).values).exp()
+        own = (e/e.sum(1, keepdim=True)).float()
+        torch.testing.assert_close(found[:, k*c:(k + 1)*c], own, atol=1e-6, rtol=1e-5)
+
+def test_assignments_of_many_images_are_those_of_each():
+    heads, z = ClusterHeads(3, 2, 2), torch.randn(2**14 + 5, 3)
+    torch.testing.assert_close(assignments(heads, z)[-9:], assignments(heads, z[-9:]))
+
+def test_imitate_is_logistic_regression():
+    "On labels with some noise, where no line is right for all, both make much the same mistakes."
+    z, _, labels = blobs(dim=3, seed=2)
+    z = z + 4*torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    z = z*torch.tensor([1., 100., .01]) + 50   # scale and place do not matter
+    ours = imitate(z, labels, 3, epochs=300, batch_size=20)(z)[0]
+    x = (z - z.mean(0))/z.std(0)
+    theirs = torch.tensor(LogisticRegression(C=1e4, max_iter=1000).fit(x, labels).predict_log_proba(x))
+    assert (ours.argmax(1) == theirs.argmax(1)).float().mean() > .98
+    best = F.nll_loss(theirs, labels)
+    assert best - 1e-4 < F.cross_entropy(ours.double(), labels) < best + .02
+
+def test_imitate_a_cluster_without_images():
+    z, _, labels = blobs()
+    found = imitate(z, labels, 5, epochs=60, batch_size=64)(z)[0].argmax(1)
+    assert torch.equal(found, labels)
+
+def test_finds_what_is_far_apart():
+    z, near, labels = blobs()
+    found = train_consensus(z, near, 3, **QUICK)
+    assert accuracy(found, z, labels) > .99
+    assert found.best == 0 and found.heads.weight.shape == (1, 6, 3) and len(found.losses) == 1
+    assert found.prior is None and len(found.history) == QUICK['epochs']
+
+def test_same_seed_same_head():
+    z, near, _ = blobs()
+    a, b, other = (train_consensus(z, near, 3, seed=s, **QUICK) for s in (4, 4, 5))
+    assert torch.equal(a.heads.weight, b.heads.weight) and torch.equal(a.heads.bias, b.heads.bias)
+    assert not torch.equal(a.heads.weight, other.heads.weight)
+
+def test_does_not_touch_other_random_numbers():
+    z, near, _ = blobs()
+    torch.manual_seed(1)
+    train_consensus(z, near, 3, **QUICK)
+    after = torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(3))
+
+@pytest.mark.parametrize('n_heads', [1, 2, 3, 5])
+def test_few_heads(n_heads):
+    z, near, labels = blobs()
+    found = train_consensus(z, near, 3, **QUICK | dict(n_heads=n_heads))
+    assert found.heads.weight.isfinite().all() and accuracy(found, z, labels) > .6
+
+def test_seeds_agree_on_pixels():
+    "Seeds of the heads agree more on the consensus than on the head with the lowest loss."
+    data = digits()
+    z = data.images.flatten(1).float()
+    near = mine_neighbors(z, 5)
+    def agree(fit):
+        found = [fit(z, near, 10, n_heads=16, epochs=30, seed=seed) for seed in range(3)]
+        clusters = [f.heads(z)[f.best].argmax(1) for f in found]
+        pairs = [(a, b) for i, a in enumerate(clusters) for b in clusters[:i]]
+        return (np.mean([normalized_mutual_info_score(a, b) for a, b in pairs]),
+                np.mean([cluster_metrics(c, data.labels)['acc'] for c in clusters]))
+    (steady, good), (drawn, fair) = agree(train_consensus), agree(train_heads)
+    assert steady > drawn + .1 and good > fair + .02
+
+def test_sizes_differ():
+    z, near, labels = blobs((120, 40, 20))
+    prior = torch.tensor([120., 40., 20.])
+    for known in (prior, None):
+        one, joined = (fit(z, near, 3, prior=known, **QUICK) for fit in (train_heads, train_consensus))
+        assert accuracy(joined, z, labels) > accuracy(one, z, labels) + .02
+        if known is not None: torch.testing.assert_close(joined.prior, one.prior)
+
+def test_other_objective_and_views():
+    z, near, labels = blobs()
+    assert accuracy(train_consensus(z, near, 3, objective='temi', **QUICK), z, labels) > .95
+    views = torch.stack([z, z + .1*torch.randn(z.shape, generator=torch.Generator().manual_seed(0))])
+    assert accuracy(train_consensus(z, near, 3, views=views, **QUICK), z, labels) > .95
+
+def test_array_in():
+    z, near, labels = blobs()
+    a, b = (train_consensus(x, near, 3, **QUICK) for x in (z, z.double().numpy()))
+    assert torch.equal(a.heads.weight, b.heads.weight)
+
+@pytest.mark.filterwarnings('ignore:Number of distinct clusters')
+def test_images_that_are_all_the_same():
+    found = train_consensus(torch.ones(40, 4), torch.arange(40).roll(1)[:, None], 3, **QUICK)
+    assert found.heads.weight.isfinite().all() and found.losses.isfinite().all()
+
+@pytest.mark.parametrize('k, rows, change, words', [
+    (1, 180, {}, 'n_clusters is 1'), (3, 170, {}, 'do not belong'),
+    (3, 180, dict(objective='luck'), "give 'scan' or 'temi'"), (3, 180, dict(prior=[1, 2]), 'prior must be'),
+    (3, 180, dict(entropy_weight=-1.), 'entropy weight')])
+def test_refuses(k, rows, change, words):
+    z, near, _ = blobs()
+    with pytest.raises(UserError, match=words): train_consensus(z, near[:rows], k, **QUICK | change)
