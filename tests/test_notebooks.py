@@ -6,7 +6,7 @@ import nbformat
 import numpy as np
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
-from run_notebooks import NBS, ROOT, TIMES, directives, notebooks, reading, run, tell_times
+from run_notebooks import NBS, ROOT, TIMES, directives, get_config, notebooks, reading, run, tell_times
 
 LOCAL_PATH = re.compile(r'(?<![\w.~-])/(home|root|tmp|work|workspace|mnt|opt|Users|var/folders)/')
 each_notebook = pytest.mark.parametrize('path', notebooks(), ids=lambda p: p.stem)
@@ -92,6 +92,18 @@ def test_says_how_long_it_takes(path):
     told = TIMES.search(nb.cells[0].source)
     assert told and told[1] == f'about {reading(nb)} minutes.', 'run `make notebooks`'
     assert re.fullmatch(r'(less than a|1|2) minutes? on a CPU\.', told[2])
+
+@pytest.mark.parametrize('path', [p for p in notebooks() if p.stem not in ('index', 'benchmarks')],
+                         ids=lambda p: p.stem)
+def test_opens_in_colab(path):
+    "A badge below the claim; the first code clones and installs the package there, and goes to its folder."
+    git, place = get_config(path=ROOT).git_url, path.relative_to(ROOT).as_posix()
+    there = git.replace('//github.com', '//colab.research.google.com/github')
+    assert f'colab-badge.svg)]({there}/blob/main/{place})\n' in read(path).cells[0].source
+    first = code_cells(path)[0]
+    assert f'clone -q --depth 1 {git} /content/' in first.source and not first.outputs
+    assert first.source.endswith(f'%cd -q /content/scan_nb/{path.relative_to(ROOT).parent.as_posix()}')
+    assert directives(first).keys() & {'hide', 'default_exp'}
 
 def test_engine_rooms_can_be_skipped():
     said = {p.stem.partition('_')[0] for p in notebooks() for c in read(p).cells[:3]
