@@ -24,7 +24,8 @@ from sphinx.cmd.build import main as sphinx
 from scan_nb.cli import _parser
 
 HERE = Path(__file__).parent/'website'
-GIT = get_config(path=ROOT).git_url
+CONFIG = get_config(path=ROOT)
+GIT = CONFIG.git_url
 BADGE = re.compile(r'\n*\[!\[[^]]*\]\(\S*colab-badge\S*\)\]\(\S*\)')
 ENGINE = 'Engine room: skip on a first reading.'
 
@@ -111,12 +112,14 @@ def write_pages(top):
         ordered = sorted(names, key=lambda n: n.module.notebook == stem)
         return {b.path.stem: f'/{b.doc}.ipynb' for b in books} | {
             n.name: f'#scan_nb.{n.module.name}.{n.name}' for n in ordered}
-    known = dict(modules=modules, **{kind.split()[-1]: [b for b in books if b.kind == kind]
-                                     for kind in ('lesson', 'engine room', 'tutorial')})
+    known = dict(modules=modules, version=CONFIG.version, git=GIT)
+    for kind in ('lesson', 'engine room', 'tutorial'):
+        known[kind.split()[-1]] = [b for b in books if b.kind == kind]
     for b in known['tutorial']: b.write_thumbnail(top/'thumbnails')
     pages = Environment(loader=FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True)
     def template(name): return pages.get_template(f'{name}.md').render(known)
-    texts = {name: template(name) for name in ('learn', 'use', 'extend')}
+    texts = {name: template(name) for name in ('learn', 'use', 'extend', 'contribute')}
+    texts['changelog'] = (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
     texts['command_line'] = command_page(_parser())
     texts |= {f'reference/{m.name}': module_page(m, titles[m.notebook]) for m in modules}
     for name, text in texts.items(): (top/f'{name}.md').write_text(text, encoding='utf-8')

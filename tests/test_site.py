@@ -193,8 +193,8 @@ def test_dark_and_light(site, browser):
         brightness.append(sum(map(int, re.findall(r'\d+', paint)[:3]))/765)
     assert brightness[0] < .2 and brightness[1] > .9
 
-NARROW = ['index', 'learn', 'use', 'extend', 'command_line', '09_scan', 'benchmarks',
-          'tutorials/frozen_heads', 'reference/neighbors_fast', 'reference/recipes', 'genindex']
+NARROW = ['index', 'learn', 'use', 'extend', 'contribute', 'changelog', 'command_line', '09_scan',
+          'benchmarks', 'tutorials/frozen_heads', 'reference/neighbors_fast', 'reference/recipes', 'genindex']
 
 def test_a_narrow_screen_is_enough(site, browser):
     "Code and tables scroll by themselves, the page does not."
