@@ -46,7 +46,7 @@ class Notebook:
         self.head = self.nb.cells[0].source
         self.title, self.claim = re.match(r'# (.+)\n\s*> (.+)', self.head).groups()
         self.number = (re.match(r'\d+[a-z]?', path.stem) or [''])[0]
-        self.kind = ('tutorial' if path.parent != NBS else '' if not self.number else
+        self.kind = ('tutorial' if path.parent.name == 'tutorials' else '' if not self.number else
                      'engine room' if any(ENGINE in c.source for c in self.nb.cells[:3]) else 'lesson')
 
     def write_thumbnail(self, folder):
@@ -101,7 +101,8 @@ class Notebook:
 def write_pages(top):
     "All pages of the site, below a folder."
     copytree(NBS/'images', top/'images')
-    for folder in ('reference', 'tutorials', 'thumbnails'): (top/folder).mkdir()
+    for folder in ('reference', 'thumbnails', *{p.parent.relative_to(NBS) for p in notebooks()}):
+        (top/folder).mkdir(exist_ok=True)
     books = [Notebook(p) for p in notebooks()]
     titles = {b.path.stem: f'{b.number} {b.title}'.strip() for b in books}
     modules = [Module(p) for p in (ROOT/'scan_nb').glob('[!_]*.py')]

@@ -13,6 +13,7 @@ from browser import CHROMIUM, Browser
 from build_site import Notebook
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from run_notebooks import NBS, ROOT, notebooks
+from test_notebooks import LESSONS
 from test_package import MODULES
 
 PUBLIC = {f'scan_nb.{p.stem}.{name}' for p in MODULES
@@ -56,6 +57,12 @@ def pages(site):
 
 def test_every_notebook_has_a_page(site, pages):
     assert {site/p.relative_to(NBS).with_suffix('.html') for p in notebooks()} <= pages.keys()
+
+def test_the_first_page_leads_to_the_chinese_one(site, pages):
+    first, chinese = pages[site/'index.html'], pages[site/'zh/index.html']
+    assert 'zh/index.html' in first.links and '自标注' in chinese.text
+    lessons = {f'../{p.stem}.html' for p in LESSONS}
+    assert lessons <= {urldefrag(link)[0] for link in chinese.links}
 
 def test_every_public_name_is_in_the_reference(site, pages):
     found = {name for p in pages if p.parent.name == 'reference' for name in pages[p].ids}
@@ -194,7 +201,8 @@ def test_dark_and_light(site, browser):
     assert brightness[0] < .2 and brightness[1] > .9
 
 NARROW = ['index', 'learn', 'use', 'extend', 'contribute', 'changelog', 'command_line', '09_scan',
-          'benchmarks', 'tutorials/frozen_heads', 'reference/neighbors_fast', 'reference/recipes', 'genindex']
+          'benchmarks', 'tutorials/frozen_heads', 'reference/neighbors_fast', 'reference/recipes', 'genindex',
+          'zh/index']
 
 def test_a_narrow_screen_is_enough(site, browser):
     "Code and tables scroll by themselves, the page does not."
