@@ -202,7 +202,7 @@ def test_dark_and_light(site, browser):
 
 NARROW = ['index', 'learn', 'use', 'extend', 'contribute', 'changelog', 'command_line', '09_scan',
           'benchmarks', 'tutorials/frozen_heads', 'reference/neighbors_fast', 'reference/recipes', 'genindex',
-          'zh/index']
+          'teaching', 'zh/index']
 
 def test_a_narrow_screen_is_enough(site, browser):
     "Code and tables scroll by themselves, the page does not."
