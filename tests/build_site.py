@@ -120,7 +120,7 @@ def write_pages(top):
     pages = Environment(loader=FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True)
     def template(name): return pages.get_template(f'{name}.md').render(known)
     texts = {name: template(name) for name in ('learn', 'use', 'extend', 'contribute')}
-    texts['changelog'] = (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
+    texts['changelog'] = (NBS/'changelog.md').read_text(encoding='utf-8')
     texts['command_line'] = command_page(_parser())
     texts |= {f'reference/{m.name}': module_page(m, titles[m.notebook]) for m in modules}
     for name, text in texts.items(): (top/f'{name}.md').write_text(text, encoding='utf-8')

@@ -157,7 +157,7 @@ def test_the_metadata_fit(wheel):
     assert urls.keys() == {'Source', 'Issues', 'Changelog'} and urls['Source'] == INI['git_url']
 
 def test_changelog_and_citation_name_the_version():
-    assert re.search(r'^## (\S+?),? ', (ROOT/'CHANGELOG.md').read_text(), re.M)[1] == INI['version']
+    assert re.search(r'^## (\S+?),? ', (ROOT/'nbs/changelog.md').read_text(), re.M)[1] == INI['version']
     cited = yaml.safe_load((ROOT/'CITATION.cff').read_text())
     assert [str(cited[k]) for k in ('version', 'license', 'repository-code', 'title')] == [
         INI[k] for k in ('version', 'license', 'git_url', 'title')]
@@ -173,7 +173,7 @@ def tracked():
 
 def test_top_level_is_tidy():
     allowed = {'README.md', 'LICENSE', 'Makefile', 'MANIFEST.in', 'settings.ini', 'setup.py', 'ruff.toml',
-               'CHANGELOG.md', 'CITATION.cff', '.gitignore', '.ci', 'nbs', 'scan_nb', 'tests'}
+               'CITATION.cff', '.gitignore', '.ci', 'nbs', 'scan_nb', 'tests'}
     assert {p.relative_to(ROOT).parts[0] for p in tracked()} <= allowed
 
 def test_no_path_of_one_machine():
