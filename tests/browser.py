@@ -55,7 +55,7 @@ class Browser:
             {'sessionId': self.session} if self.session else {})
         os.write(self.out, json.dumps(message).encode() + b'\0')
         while (answer := self.receive()).get('id') != self.number: pass
-        if 'navigated' in answer.get('error', {}).get('message', ''): return {'result': {}}   # no value: it left
+        if 'navigated' in answer.get('error', {}).get('message', ''): return {'result': {}}   # the page left
         assert 'error' not in answer, answer
         return answer['result']
 
