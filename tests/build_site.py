@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader
 from nbformat.v4 import new_markdown_cell
 from reference import Module, command_page, module_page
 from render import prepare
-from run_notebooks import NBS, ROOT, TIMES, get_config, notebooks
+from run_notebooks import NBS, ROOT, TIMES, directives, get_config, notebooks
 from sphinx.cmd.build import main as sphinx
 
 from scan_nb.cli import _parser
@@ -76,7 +76,8 @@ class Notebook:
 
     def page(self, below, targets, home):
         """What Sphinx gets: nothing hidden, a text below the claim, a target at some cells, an alternative
-        text for each figure, and a link on each name that has a home."""
+        text for each figure (`#| fig-alt`, or what stands above it), a link on each name that has a home."""
+        seen = {c.id: directives(c).get('fig-alt') for c in self.nb.cells}
         nb = prepare(self.nb, self.link)
         text = BADGE.sub('', TIMES.sub('', self.head))
         nb.cells[0].source = text.replace(f'> {self.claim}', f'> {self.claim}\n\n{below}\n', 1)
@@ -93,7 +94,7 @@ class Notebook:
             elif c.metadata.pop('transient', None): c.metadata.tags = ['remove-input']
             elif only_imports(c.source): c.metadata.tags = ['hide-input']
             c.metadata.mystnb = dict(code_prompt_show='Imports', code_prompt_hide='Imports',
-                                     image=dict(alt=spoken(f'{title}: {said}')[:250]))
+                                     image=dict(alt=seen[c.id] or spoken(f'{title}: {said}')[:250]))
             cells.append(c)
         nb.cells = cells
         return nb

@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import dedent
 
 import kernels
 import nbformat
@@ -77,10 +78,20 @@ def tell_times(nb, seconds):
     head.source = TIMES.sub('', head.source).rstrip() + (
         f'\n\n*Reading: about {reading(nb)} minutes. Running: {running} on a CPU.*')
 
+def solutions(nb):
+    "The code in the answers to the exercises, which are folded away, as cells."
+    folded = re.findall(r'<details>.*?</details>', '\n'.join(
+        c.source for c in nb.cells if c.cell_type == 'markdown'), re.S)
+    blocks = re.findall(r'^( *)```python\n(.*?)^ *```$', '\n'.join(folded), re.S | re.M)
+    return [nbformat.v4.new_code_cell(dedent(code)) for _, code in blocks]
+
 def run(path, force=frozenset(), check=False):
-    "Execute one notebook and save it (with `check`: compare and save nothing); the list of its faults."
+    """Execute one notebook and save it; the list of its faults.
+
+    With `check`, compare and save nothing, and run the solutions of the exercises as well."""
     nb, start = nbformat.read(path, as_version=4), time.time()
     before = [shown(c) for c in nb.cells]
+    if check: nb.cells += solutions(nb)
     with TemporaryDirectory() as sockets:       # not ports: two kernels that start at once may pick one port
         client = Client(nb, timeout=None if force else 600, startup_timeout=180, kernel_name='python3',
                         record_timing=False, resources={'metadata': {'path': str(path.parent)}},

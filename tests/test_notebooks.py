@@ -6,7 +6,8 @@ import nbformat
 import numpy as np
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
-from run_notebooks import NBS, ROOT, TIMES, directives, get_config, notebooks, reading, run, tell_times
+from run_notebooks import (NBS, ROOT, TIMES, directives, get_config, notebooks, reading, run, solutions,
+                           tell_times)
 
 LOCAL_PATH = re.compile(r'(?<![\w.~-])/(home|root|tmp|work|workspace|mnt|opt|Users|var/folders)/')
 each_notebook = pytest.mark.parametrize('path', notebooks(), ids=lambda p: p.stem)
@@ -58,6 +59,23 @@ def test_runs(path):
     assert not faults, '\n'.join(faults)
     left = {p for p in {*path.parent.iterdir()} - BESIDE if p.suffix != '.ipynb'}
     assert not left, 'left beside the notebook'
+
+def test_solutions_run_with_their_notebook(tmp_path):
+    "Those of the exercises: in the state at its end, one after another, and their outputs are not compared."
+    def answered(code):
+        text = ('## Exercises\n\n1. Why?\n\n<details><summary>Solutions</summary>\n\n1. So.\n\n   ```python\n'
+                '   for i in (x,):\n       y = 1\n   y\n   ```\n\n'
+                f'   ```python\n   {code}\n   ```\n\n</details>\n')
+        cells = [nbformat.v4.new_code_cell('x = 2'), nbformat.v4.new_markdown_cell(text)]
+        nb = nbformat.v4.new_notebook(cells=cells)
+        nbformat.write(nb, tmp_path/'a.ipynb')
+        return nb
+    found = [c.source for c in solutions(answered('assert x + y == 3'))]
+    assert found == ['for i in (x,):\n    y = 1\ny\n', 'assert x + y == 3\n']
+    assert not run(tmp_path/'a.ipynb', check=True)
+    answered('assert x + y == 4')
+    fault, = run(tmp_path/'a.ipynb', check=True)
+    assert 'assert x + y == 4' in fault and 'AssertionError' in fault
 
 # -- stored outputs --
 
@@ -135,7 +153,7 @@ LESSONS = [p for p in notebooks() if room(p.stem) < LAST and not room(p.stem)[1]
 def test_a_lesson_can_be_read_in_one_sitting(path):
     "What is longer has machinery in it that wants an engine room (a letter) of its own."
     lines = (ROOT/'scan_nb'/f'{module(path)}.py').read_text().count('\n')
-    assert len(read(path).cells) <= 110 and lines <= 600
+    assert len(read(path).cells) <= 110 and lines <= 600 and reading(read(path)) <= 40
 
 @each_notebook
 def test_exports_the_module_of_its_name(path):
