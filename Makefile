@@ -21,7 +21,7 @@ lab: .venv/.dev
 
 test: .venv/.dev
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup --no-loadscope-reorder --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --no-loadscope-reorder --durations=10
 
 notebooks: .venv/.dev
 	$(BIN)/nbdev_export

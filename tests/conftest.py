@@ -2,6 +2,7 @@
 import sys
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 sys.modules.setdefault('rfc3987_syntax', None)   # a grammar of addresses; jsonschema can do without
 
@@ -9,10 +10,14 @@ LONG = ('test_pipeline', 'test_stages', 'test_cli', 'test_distributed', 'test_fa
         'test_benchmarks', 'test_site')
 
 def pytest_collection_modifyitems(items):
-    "Notebooks are executed first, then long files, so that little is left at the end; a file stays whole."
+    "Notebooks are executed first, then long files, so that little is left at the end."
     items.sort(key=lambda item: (not item.name.startswith('test_runs['), item.path.stem not in LONG))
-    for item in items:
-        if not item.name.startswith('test_runs['): item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+def pytest_xdist_make_scheduler(config, log):
+    "A worker has all tests of a file, so that what they share is made once; notebooks go where there is room."
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid): return nodeid if '::test_runs[' in nodeid else nodeid.split('::')[0]
+    return ByFile(config, log)
 
 @pytest.fixture(scope='module')
 def one_thread():
