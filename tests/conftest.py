@@ -14,7 +14,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (not item.name.startswith('test_runs['), item.path.stem not in LONG))
 
 def pytest_xdist_make_scheduler(config, log):
-    "A worker has all tests of a file, so that what they share is made once; notebooks go where there is room."
+    "A worker has all tests of a file: what they share is made once. Notebooks go where there is room."
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid): return nodeid if '::test_runs[' in nodeid else nodeid.split('::')[0]
     return ByFile(config, log)
