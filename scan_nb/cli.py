@@ -248,7 +248,7 @@ def _eval_file(args): # config_exp, model, visualize_prototypes
     "scan-nb eval with a recipe: scores and pictures of a model file."
     from scan_nb.data import UserError
     from scan_nb.evaluate import grade
-    from scan_nb.models import read_weights
+    from scan_nb.checkpoints import read_weights
     from scan_nb.report import draw_confusion, draw_prototypes
     from scan_nb.run_folder import Outcome
     from scan_nb.scan import logits_of

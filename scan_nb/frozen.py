@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .data import ImageSet, UserError, closest, to_color
 from .distributed import from_first, place
-from .models import read_weights
+from .checkpoints import read_weights
 from .training import Checkpoint
 
 # %% ../nbs/07a_frozen.ipynb #0cc38853

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .augment import Normalize
 from .data import UserError
-from .models import ContrastiveModel, feature_dim, read_weights, resnet50
+from .checkpoints import read_weights
+from .models import ContrastiveModel, feature_dim, resnet50
 from .ahead import Step, Views
 from .simclr import channels_last
 from .training import CosineSchedule, autocast, make_generator, seeded, steps_per_epoch

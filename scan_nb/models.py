@@ -5,19 +5,13 @@
 # %% auto #0
 __all__ = ['convolution', 'make_shortcut', 'BasicBlock', 'init_convolutions', 'make_stages', 'ResNet', 'small_resnet',
            'resnet18_cifar', 'resnet18_stl', 'Bottleneck', 'resnet50', 'evaluating', 'feature_dim', 'known_dim',
-           'make_backbone', 'SideBySide', 'projection_head', 'ImageModel', 'ContrastiveModel', 'ClusterHeads',
-           'select_head', 'ClusteringModel', 'split_heads', 'join_heads', 'official_state', 'read_weights',
-           'load_weights']
+           'SideBySide', 'projection_head', 'ImageModel', 'ContrastiveModel', 'ClusterHeads', 'select_head',
+           'ClusteringModel']
 
 # %% ../nbs/02_models.ipynb #2df9f491
-import math, re, zipfile
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
-from importlib import import_module
-from inspect import signature
-from pathlib import Path
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -203,51 +197,6 @@ def known_dim(
     raise UserError(f'{type(backbone).__name__} has no feature size `dim`: '
                     'set `backbone.dim = feature_dim(backbone, image)` first.')
 
-# %% ../nbs/02_models.ipynb #w0000005
-def _make_timm(
-    name: str,        # a model of timm
-    in_channels: int, # 1 gray, 3 color
-    side: int,        # of the images, in pixels
-    **options,        # of timm.create_model
-) -> nn.Module:       # B×C×side×side -> B×dim
-    "A network of timm without its classifier. Raises UserError when it can't be had."
-    try: timm = import_module('timm')
-    except ImportError as e:
-        raise UserError(f"The backbone 'timm:{name}' needs timm: install it with `pip install timm`.") from e
-    if not timm.is_model(name):
-        near = ', '.join(get_close_matches(name, timm.list_models(), 3, 0))
-        raise UserError(f'timm has no model {name!r}: the closest are {near}.')
-    try:
-        net = timm.create_model(name, num_classes=0, in_chans=in_channels, **options)
-        net.dim = feature_dim(net, torch.zeros(in_channels, side, side))
-        return net
-    except MemoryError: raise
-    except Exception as e:
-        why = ' '.join(str(e).split())[:200]
-        raise UserError(f'timm made no {name!r} for images of {side} pixels with options {options}: {why}; '
-                        'choose other options, or images of another size.') from e
-
-# %% ../nbs/02_models.ipynb #w0000006
-def make_backbone(
-    name: str,             # small_resnet, resnet18, resnet18_cifar, resnet18_stl, resnet50 or timm:NAME
-    in_channels: int = 3,  # 1 gray, 3 color
-    side: int = 32,        # of the images in pixels; resnet18 is the network for CIFAR below 64, else for STL
-    **options,             # small_resnet: widths, stem_stride; timm: of timm.create_model, as pretrained=True
-) -> nn.Module:            # B×C×H×W -> B×dim
-    "A backbone by its name in a recipe (SCAN, section 3.1). Raises UserError for an unknown name or option."
-    if str(name).startswith('timm:'): return _make_timm(name[5:], in_channels, side, **options)
-    makers = {f.__name__: f for f in (small_resnet, resnet18_cifar, resnet18_stl, resnet50)}
-    makers['resnet18'] = resnet18_cifar if side < 64 else resnet18_stl
-    if name not in makers:
-        near = get_close_matches(str(name), makers, 1, 0)[0]
-        raise UserError(f'There is no backbone {name!r}: the closest of {", ".join(sorted(makers))} '
-                        f'and timm:NAME is {near!r}.')
-    known = [k for k in signature(makers[name]).parameters if k != 'in_channels']
-    if wrong := [k for k in options if k not in known]:
-        raise UserError(f'The backbone {name!r} has no option {wrong[0]!r}: '
-                        f'it has {", ".join(known) or "none"}.')
-    return makers[name](in_channels, **options)
-
 # %% ../nbs/02_models.ipynb #3ec79f45
 class SideBySide(nn.Module):
     "Several backbones as one: their features, each brought to length 1, one after the other."
@@ -354,145 +303,3 @@ class ClusteringModel(ImageModel):
     def select(self, head): # keeps only this head; an optimizer made before knows nothing of it
         self.cluster_head = select_head(self.cluster_head, head)
         return self
-
-# %% ../nbs/02_models.ipynb #w000000b
-def split_heads(
-    state: dict, # names -> tensors, cluster heads as one weight n_heads×D×C and bias n_heads×1×C
-) -> dict:       # the same, head i as cluster_head.i.weight C×D and cluster_head.i.bias C
-    "Cluster heads one by one, as the authors of SCAN name them; the other tensors stay."
-    out = {}
-    for name, value in state.items():
-        if name == 'cluster_head.weight' and value.ndim == 3:
-            out |= {f'cluster_head.{i}.weight': w.T for i, w in enumerate(value)}
-        elif name == 'cluster_head.bias' and value.ndim == 3:
-            out |= {f'cluster_head.{i}.bias': b.flatten() for i, b in enumerate(value)}
-        else: out[name] = value
-    return out
-
-# %% ../nbs/02_models.ipynb #w000000c
-def join_heads(
-    state: dict, # names -> tensors, head i as cluster_head.i.weight C×D and cluster_head.i.bias C
-) -> dict:       # the same, cluster heads as one weight n_heads×D×C and bias n_heads×1×C
-    "The reverse of `split_heads`."
-    n_heads = sum(bool(re.fullmatch(r'cluster_head\.\d+\.weight', name)) for name in state)
-    if not n_heads: return state
-    out = {name: value for name, value in state.items() if not name.startswith('cluster_head.')}
-    out['cluster_head.weight'] = torch.stack([state[f'cluster_head.{i}.weight'].T for i in range(n_heads)])
-    out['cluster_head.bias'] = torch.stack([state[f'cluster_head.{i}.bias'][None] for i in range(n_heads)])
-    return out
-
-# %% ../nbs/02_models.ipynb #w000000f
-def official_state(
-    model: ImageModel,   # ContrastiveModel or ClusteringModel
-    head: int|None = 0,  # of a ClusteringModel: the best; None: a plain state dict, as of their self-labeling
-) -> dict:               # for torch.save; tensors are copies on the CPU
-    "A model in the layout of the authors' files. Raises UserError when there is no such head."
-    state = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-             for name, value in split_heads(model.state_dict()).items() if not name.startswith('normalize.')}
-    if head is None or not hasattr(model, 'cluster_head'): return state
-    if f'cluster_head.{head}.weight' not in state:
-        raise UserError(f'There is no head {head}: the heads are 0 to {len(model.cluster_head.weight) - 1}.')
-    return {'model': state, 'head': int(head)}
-
-# %% ../nbs/02_models.ipynb #w0000013
-def _torch_load(
-    file: Path, # in PyTorch's format, of any version
-) -> object:    # its content, on the CPU
-    "Tensors, plain values and NumPy's numbers; some error when there is more, or the file is damaged."
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            if name := archive.testzip(): raise zipfile.BadZipFile(f'{name} is damaged')
-    scalar = np.int64(0).__reduce__()[0]      # makes a number from a pickle; NumPy 2 renamed its module
-    allowed = [(scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')]
-    allowed += [np.dtype, *(type(np.dtype(kind)) for kind in ('i4', 'i8', 'f4', 'f8'))]
-    with torch.serialization.safe_globals(allowed):
-        return torch.load(file, map_location='cpu', weights_only=True)
-
-# %% ../nbs/02_models.ipynb #w0000014
-def read_weights(
-    file: str|Path, # .safetensors, or of torch.save under any other name: .pth.tar, .pth, .pt
-) -> dict:          # what it holds, tensors on the CPU: names -> tensors, or a dict with that as its 'model'
-    "The content of a file of weights; no code in it runs. Raises UserError when it is missing or damaged."
-    if not Path(file).is_file(): raise UserError(f"There is no file '{file}': check the path.")
-    try:
-        if Path(file).suffix == '.safetensors':
-            from safetensors.torch import load
-            return load(Path(file).read_bytes())
-        content = _torch_load(file)
-        if not isinstance(content, dict): raise TypeError(f'a {type(content).__name__}')
-        return content
-    except MemoryError: raise
-    except Exception as e:
-        raise UserError(f"'{file}' is damaged, or holds more than a dict of tensors and plain values: get it "
-                        'once more, or save a state dict alone.') from e
-
-# %% ../nbs/02_models.ipynb #w0000019
-def _unwrap(
-    weights: dict, # a state dict, or a dict that holds one as 'model' or 'state_dict'
-    source: str,   # what to call it in an error
-) -> tuple[dict, object]: # names -> tensors; the number of the best head, or None
-    "The state dict inside, heads one by one. Raises UserError when there is none."
-    state = weights.get('model', weights.get('state_dict', weights))
-    if not (isinstance(state, dict) and state and all(isinstance(k, str) and isinstance(v, Tensor)
-                                                 for k, v in state.items())):
-        raise UserError(f"{source} holds no weights: it must be a dict from names to tensors, or have one as "
-                        "its 'model'.")
-    state = {name.removeprefix('module.'): value for name, value in state.items()}
-    return split_heads(state), weights.get('head', weights.get('best_loss_head'))
-
-# %% ../nbs/02_models.ipynb #w000001b
-def _pick_head(
-    state: dict,  # names -> tensors, heads one by one
-    head: object, # number of the best, of any integer type, or None
-    source: str,  # what to call the weights in an error
-) -> dict:        # the same without the other heads; the best one is number 0
-    "The cluster head for a model with one. Raises UserError when the file doesn't tell which is the best."
-    found = {m[1] for name in state if (m := re.match(r'cluster_head\.(\d+)\.', name))}
-    if f'{head}' not in found:
-        if len(found) < 2: return state
-        raise UserError(f"{source} has {len(found)} cluster heads, and its 'head' is {head}: put the number "
-                        f'of one there, or make the model with n_heads={len(found)}.')
-    best = f'cluster_head.{head}.'
-    return {re.sub(r'^cluster_head\.\d+', 'cluster_head.0', name): value for name, value in state.items()
-            if name.startswith(best) or not name.startswith('cluster_head.')}
-
-# %% ../nbs/02_models.ipynb #w000001d
-def _check_fit(
-    state: dict,  # of the file: names -> tensors
-    wanted: dict, # of the model
-    source: str,  # what to call the weights in the error
-) -> None:
-    "Raises UserError with the first missing name, the first unknown name and the first wrong shape."
-    missing, unknown = [k for k in wanted if k not in state], [k for k in state if k not in wanted]
-    wrong = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
-    faults = [f'it has no {missing[0]!r}'] if missing else []
-    if unknown: faults.append(f'the model has no {unknown[0]!r}')
-    if wrong: faults.append(f'{wrong[0]!r} is {tuple(state[wrong[0]].shape)} there and '
-                            f'{tuple(wanted[wrong[0]].shape)} in the model')
-    if not faults: return
-    heads_only = not any(k.startswith('backbone.') for k in missing + unknown + wrong)
-    raise UserError(f'{source} does not fit the model: {", ".join(faults)}; make the model with the '
-                    'backbone, channels and heads of the file'
-                    f'{", or take the backbone alone with backbone_only=True"*heads_only}.')
-
-# %% ../nbs/02_models.ipynb #w000001e
-def load_weights(
-    model: nn.Module,            # ContrastiveModel or ClusteringModel; changed in place, or not at all
-    weights: dict|str|Path,      # a file, or its content: the authors' layout or our own state dict
-    backbone_only: bool = False, # take no heads, as SCAN does from the pretext
-) -> nn.Module:                  # the same model
-    "Published or own weights in a model, strictly. Raises UserError with the name that doesn't fit."
-    is_dict = isinstance(weights, dict)
-    source = 'The dict of weights' if is_dict else f"'{weights}'"
-    state, head = _unwrap(weights if is_dict else read_weights(weights), source)
-    wanted = split_heads(model.state_dict())
-    if backbone_only:
-        kept = {k: v for k, v in wanted.items() if not k.startswith('backbone.')}
-        state = {k: v for k, v in state.items() if k.startswith('backbone.')}
-    else:
-        kept = {k: v for k, v in wanted.items() if k.startswith('normalize.')}
-        if 'cluster_head.0.weight' in wanted and 'cluster_head.1.weight' not in wanted:
-            state = _pick_head(state, head, source)
-    _check_fit(kept | state, wanted, source)
-    model.load_state_dict(join_heads(kept | state))
-    return model

@@ -21,8 +21,8 @@ from .datasets import dataset_name, fingerprint_images
 from .distributed import from_first, place
 from .frozen import GivenFeatures, make_frozen
 from .files import digest, read_array, read_json, read_names, without_itself, writing
-from .models import (ClusteringModel, ContrastiveModel, SideBySide, load_weights, make_backbone,
-                            official_state, read_weights)
+from .checkpoints import load_weights, make_backbone, official_state, read_weights
+from .models import ClusteringModel, ContrastiveModel, SideBySide
 from .recipe_files import load_stages, to_yaml
 from .recipes import PARTS, SHARED, STAGES, PretextRecipe, StageRecipe, list_differences
 from .training import Checkpoint, save_state, seeded, tune

@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from torch import Tensor, nn
+
+# %% ../nbs/12_stages.ipynb #12000014
+from .checkpoints import load_weights
 from .consensus import train_consensus
 from .data import ImageSet, UserError
 from .datasets import cache_dir, fingerprint_images
@@ -20,7 +23,7 @@ from .distributed import check_shares, from_first, place
 from .evaluate import cluster_metrics, grade
 from .files import alone_in, digest
 from .frozen import embed_blocks, load_frozen
-from .models import ContrastiveModel, SideBySide, load_weights, select_head
+from .models import ContrastiveModel, SideBySide, select_head
 from .moco import load_moco_v2, train_moco
 from .neighbors import center_crop, embed, mutual_neighbors, whiten
 from .neighbors_fast import mine_neighbors, score_neighbors, weighted_knn

@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from scan_nb.augment import Normalize
+from scan_nb.checkpoints import (join_heads, load_weights, make_backbone, official_state, read_weights,
+                                 split_heads)
 from scan_nb.data import UserError
-from scan_nb.models import (ClusteringModel, ContrastiveModel, join_heads, load_weights, make_backbone,
-                            official_state, read_weights, resnet18_cifar, resnet18_stl, resnet50,
-                            small_resnet, split_heads)
+from scan_nb.models import (ClusteringModel, ContrastiveModel, resnet18_cifar, resnet18_stl, resnet50,
+                            small_resnet)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from scan_nb import files as files_room, stages, training
 from scan_nb.consensus import train_consensus
 from scan_nb.data import ImageSet, UserError, digits
-from scan_nb.models import read_weights
+from scan_nb.checkpoints import read_weights
 from scan_nb.neighbors import center_crop, embed
 from scan_nb.neighbors_fast import mine_neighbors
 from scan_nb.recipes import FOLDER, PretextRecipe, Recipe
