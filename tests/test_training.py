@@ -53,7 +53,7 @@ def test_absent_device(machine, name):
 def test_device_that_does_not_exist(machine, name):
     machine()
     with pytest.raises(UserError) as e: pick_device(name)
-    assert '\n' not in str(e.value)
+    assert '\n' not in str(e.value) and repr(name) in str(e.value) and 'choose from cpu.' in str(e.value)
 
 def test_a_cpu_computes_in_float32_as_written_whatever_is_asked_for():
     "Precision and compile are for CUDA: the same bits, and a network that is not compiled."
