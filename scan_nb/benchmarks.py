@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .ahead import each
 from .augment import STRONG_OPS, Normalize, to_float
 from .views import SimCLRAugment, StrongAugment
-from .data import UserError, closest
-from .datasets import atomic_write, image_folder
+from .data import UserError
+from .datasets import atomic_write, closest, image_folder
 from .distributed import batches, update
 from .evaluate import cluster_metrics
 from .models import ClusteringModel, ContrastiveModel

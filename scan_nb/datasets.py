@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FASHION_CLASSES', 'DEBIAN_FASHION', 'AURORA', 'DATASETS', 'atomic_write', 'cache_dir', 'parse_time', 'image_folder',
-           'split_by_day', 'as_image_set', 'fashion_mnist', 'cifar10', 'cifar100', 'cifar20', 'stl10',
-           'imagenet_subset', 'synthetic_aurora', 'dataset_name', 'open_images', 'share_classes', 'load_splits',
-           'describe', 'fingerprint_images']
+           'split_by_day', 'to_nchw', 'as_image_set', 'fashion_mnist', 'cifar10', 'cifar100', 'cifar20', 'stl10',
+           'imagenet_subset', 'synthetic_aurora', 'dataset_name', 'closest', 'open_images', 'share_classes',
+           'load_splits', 'describe', 'fingerprint_images']
 
 # %% ../nbs/00a_datasets.ipynb #6451692c
 from collections import Counter
-import codecs, csv, gzip, hashlib, json, math, os, pickle, re, zlib
-from collections.abc import Callable, Iterator
+import codecs, csv, difflib, gzip, hashlib, json, math, os, pickle, re, zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -21,9 +21,9 @@ from uuid import uuid4
 import numpy as np
 import torch
 from torch import Tensor
-from . import data as lesson
-from .data import ImageSet, UserError, class_labels, closest, digits, find_images, read_layout
-from .data import MAX_CHANNELS, check_size, check_times, choose_shape, decode_files, name_images
+from .data import MAX_CHANNELS, ImageSet, UserError, check_size, check_times, choose_shape
+from .data import class_labels, decode_files, digits, find_images, find_white, name_images
+from .data import read_layout, to_uint8
 
 # %% ../nbs/00a_datasets.ipynb #e0bfa6fb
 @contextmanager
@@ -346,6 +346,49 @@ def split_by_day(
     test = torch.isin(day, order[:n])
     return (~test).nonzero()[:, 0], test.nonzero()[:, 0]
 
+# %% ../nbs/00a_datasets.ipynb #52e42e3b
+def to_nchw(
+    x: Tensor,   # N×H×W, N×C×H×W or N×H×W×C, C 1 to 16
+    channels: int | None = None,   # C; None: by the shape
+) -> Tensor:     # N×C×H×W
+    "Raises `UserError` for another shape, one that can be read in two ways, or no image at all."
+    shape = '×'.join(map(str, x.shape))
+    both = {3: lambda: [x[:, None]], 4: lambda: [x, x.permute(0, 3, 1, 2)]}.get(x.ndim, list)()
+    fit = [y for y in both if y.shape[1] <= MAX_CHANNELS]
+    if not fit:
+        raise UserError(f'Images of shape {shape} are not understood: give N×H×W, N×C×H×W or N×H×W×C, '
+                        f'with at most {MAX_CHANNELS} channels.')
+    if not x.numel(): raise UserError(f'There is no image in an array of shape {shape}.')
+    signs = [y for y in fit if y.shape[2] == y.shape[3]], [y for y in fit if y.shape[1] in (1, 3)]
+    meant = [y for one in signs if len(one) == 1 for y in one] or fit
+    meant = [y for y in fit if y.shape[1] == channels] or meant
+    if x.numel() > len(x) and any(y is not meant[0] for y in meant):
+        raise UserError(f'Images of shape {shape} can be read as N×C×H×W and as N×H×W×C: say how many '
+                        '`channels` they have, or give an `ImageSet`, which is N×C×H×W.')
+    return meant[0].contiguous()
+
+# %% ../nbs/00a_datasets.ipynb #4c324803
+def array_to_tensor(
+    array: np.ndarray,   # numbers of any layout and byte order
+) -> Tensor:             # shares memory where it can
+    "Raises `UserError` for an array that does not hold numbers."
+    try:
+        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder('='))
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    except TypeError:
+        raise UserError(f'An array of type {array.dtype} holds no images: give numbers.') from None
+
+# %% ../nbs/00a_datasets.ipynb #1607e87f
+def numbers_to_set(
+    x: Tensor,             # N×C×H×W, numbers
+    white: float | None,   # what becomes 255, except in bytes; None: by the highest value
+) -> ImageSet:
+    "Raises `UserError` where `to_uint8` does."
+    if x.dtype == torch.uint8: return ImageSet(x)
+    high = 0 if x.is_complex() else max(float(part.detach().float().max()) for part in x.split(1024))
+    white = white or find_white(high)
+    return ImageSet(to_uint8(x, white), facts=dict(white=white))
+
 # %% ../nbs/00a_datasets.ipynb #88c75fe8
 def as_image_set(
     source: object,                   # ImageSet, folder, or array/tensor as in `to_nchw` and `to_uint8`
@@ -359,7 +402,18 @@ def as_image_set(
     "Whatever holds images as an `ImageSet`. Raises `UserError` when it does not hold images."
     if isinstance(source, (str, Path)):
         return image_folder(source, size, channels, cache, progress=progress, white=white, fit=fit)
-    return lesson.as_image_set(source, size, channels, white=white)
+    if isinstance(source, np.ndarray): source = array_to_tensor(source)
+    check_size(size, channels, range(1, MAX_CHANNELS + 1))
+    if isinstance(source, Tensor): source = numbers_to_set(to_nchw(source, channels), white)
+    if not isinstance(source, ImageSet):
+        raise UserError(f'Images come as folder, array, tensor or ImageSet, not as {type(source).__name__}.')
+    if not len(source): raise UserError('There is no image in this set.')
+    c, h, w = source.images.shape[1:]
+    if size and (h, w) != (size, size):
+        raise UserError(f'The images are {h}×{w} pixels, but {size}×{size} is asked for: resize them.')
+    if channels and c != channels:
+        raise UserError(f'The images have {c} channels, but {channels} are asked for: convert them.')
+    return source
 
 # %% ../nbs/00a_datasets.ipynb #25b32395
 def damaged(
@@ -838,6 +892,15 @@ def dataset_name(
     "The name of a data set; capitals, `-` and `_` do not count."
     def bare(name): return name.lower().replace('-', '').replace('_', '')
     return {bare(n): n for n in DATASETS}.get(bare(source)) if isinstance(source, str) else None
+
+# %% ../nbs/00a_datasets.ipynb #51a0888b
+def closest(
+    name: str,             # as it was written
+    known: Iterable[str],  # what it may be, at least one; parts of a name are joined by dots
+) -> str:                  # the one most like it, as a whole and in its last part
+    "What was probably meant."
+    def like(a, b): return difflib.SequenceMatcher(None, a, b).ratio()
+    return max(known, key=lambda other: like(name, other) + like(name.split('.')[-1], other.split('.')[-1]))
 
 # %% ../nbs/00a_datasets.ipynb #1c3e8928
 def open_images(

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .data import ImageSet, UserError, closest, to_color
+from .data import ImageSet, UserError, to_color
+from .datasets import closest
 from .distributed import from_first, place
 from .checkpoints import read_weights
 from .training import Checkpoint

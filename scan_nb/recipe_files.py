@@ -12,7 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 import torch
 from .views import StrongAugment
-from .data import UserError, closest
+from .data import UserError
+from .datasets import closest
 from .files import parse_yaml
 from .frozen import FEATURES
 from .recipes import (BACKBONE_OPTIONS, OURS, PARTS, STAGES, VIEWS, Recipe, StageRecipe, _flat,

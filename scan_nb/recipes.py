@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .augment import disc_mask, to_float
 from .views import SimCLRAugment, StrongAugment, WeakAugment
-from .data import MAX_CHANNELS, ImageSet, UserError, closest
-from .datasets import name_channels
+from .data import MAX_CHANNELS, ImageSet, UserError
+from .datasets import closest, name_channels
 from .frozen import find_features
 from .simclr import DIGITS_VIEWS
 from .training import make_generator

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from . import datasets as room
-from .data import ImageSet, UserError, array_to_tensor, choose_shape, decode_files
-from .datasets import CSV_COLUMNS, cache_dir, decode_once, fingerprint
+from .data import ImageSet, UserError, choose_shape, decode_files
+from .datasets import CSV_COLUMNS, array_to_tensor, cache_dir, decode_once, fingerprint
 
 # %% ../nbs/00b_sources.ipynb #7a704b3c
 IMAGE_KEYS = 'image', 'img', 'picture', 'pixel_values', *CSV_COLUMNS['path']

@@ -15,10 +15,10 @@ from sklearn.datasets import load_digits, load_sample_image
 
 from scan_nb import data, datasets
 from scan_nb.data import (
-    ImageSet, UserError, closest, decode_image, digits, find_images, image_grid, read_images,
+    ImageSet, UserError, decode_image, digits, find_images, image_grid, read_images,
     show_images, to_uint8)
 
-as_image_set, image_folder = data.as_image_set, data.image_folder   # the lesson's, not those of `datasets`
+as_image_set, image_folder = datasets.as_image_set, data.image_folder   # this one is the lesson's
 
 matplotlib.use('agg')
 seeds = st.integers(0, 2**32 - 1)
@@ -210,8 +210,8 @@ def test_digits():
 
 def test_closest():
     known = ['cifar-10', 'cifar-100', 'digits', 'scan.epochs', 'scan.lr']
-    near = [closest(n, known) for n in ('cifar10', 'digit', 'epoch', 'scan.l')]
-    assert near == ['cifar-10', 'digits', 'scan.epochs', 'scan.lr'] and closest('', known) in known
+    near = [datasets.closest(n, known) for n in ('cifar10', 'digit', 'epoch', 'scan.l')]
+    assert near == ['cifar-10', 'digits', 'scan.epochs', 'scan.lr'] and datasets.closest('', known) in known
 
 # -- arrays and tensors --
 
@@ -504,7 +504,7 @@ def test_pipes_are_left_alone(folder):
 def test_no_folder_no_image(folder, monkeypatch):
     refused('no image', image_folder, folder)
     (folder/'notes.txt').touch()
-    refused('no image', as_image_set, folder)
+    refused('no image', image_folder, folder)
     refused('no folder', image_folder, folder/'nowhere')
     refused('is a file', image_folder, folder/'notes.txt')
     def closed(path): raise PermissionError(13, 'Permission denied', str(path))
@@ -514,7 +514,7 @@ def test_no_folder_no_image(folder, monkeypatch):
 def test_paths_from_home(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     save(tmp_path/'mine/x.png', noise(4, 4))
-    assert as_image_set('~/mine').paths == ['x.png']
+    assert image_folder('~/mine').paths == ['x.png']
 
 # -- many files, some damaged --
 
@@ -620,7 +620,7 @@ def test_mixed_modes_and_sizes(folder):
     x = image_folder(folder)
     assert x.images.shape == (3, 3, 30, 30) and x.paths == ['a.png', 'b/c.png', 'd.jpg'] and x.labels is None
     assert image_folder(folder, size=16, channels=1).images.shape == (3, 1, 16, 16)
-    assert as_image_set(str(folder), 9).images.shape == (3, 3, 9, 9)
+    assert image_folder(str(folder), 9).images.shape == (3, 3, 9, 9)
 
 def test_size_is_at_most_96_unless_asked(folder):
     save(folder/'a.png', noise(300, 200))
