@@ -114,6 +114,7 @@ def test_autocast_does_not_blur_it():
     z1, z2 = pair(64, 32, dtype=torch.float32)
     with torch.autocast('cpu', torch.bfloat16): inside = nt_xent(z1, z2, .05)
     assert torch.equal(inside, nt_xent(z1, z2, .05))
+    assert not torch.equal(inside, nt_xent(z1.bfloat16(), z2.bfloat16(), .05))   # there the rounding counts
 
 @pytest.mark.parametrize('temperature', [0, -.1, math.nan])
 def test_temperature_must_be_positive(temperature):
