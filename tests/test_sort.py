@@ -109,6 +109,11 @@ def test_there_and_back(how, made, tmp_path, disks):
     assert sorted(p.name for p in made.iterdir()) == ['clusters.csv', 'metrics.json', 'recipe.yml']
     with pytest.raises(UserError, match='nothing to undo'): undo_sort(made)
 
+def test_a_name_and_a_number_that_are_one_folder():
+    found = name_folders(['cats', '', 'cats', 'a/b'], list('1223'), 4)
+    assert found == ['cats', 'cluster-1 2', 'cats', 'a_b']
+    with pytest.raises(UserError, match='another name'): name_folders(['Cluster-1', ''], None, 2)
+
 names = st.binary(min_size=1, max_size=9).map(os.fsdecode).filter(
     lambda n: not {'/', '\0'} & {*n} and n[0] != '.') | st.sampled_from(
         ['1.png', '1-2.png', '1.PNG', 'é', 'e\u0301', 'x'*255])
