@@ -204,7 +204,7 @@ def kmeans_baseline(
     from sklearn.cluster import KMeans, kmeans_plusplus
     from threadpoolctl import threadpool_limits
     rows = _rows(x, normalize)
-    small = rows.size < 2**24
+    small = rows.size < 2**24           # so short are the steps then that several threads would mostly wait
     def start(rows, k, random_state):   # which casts float32 for each center; here it is cast once
         return kmeans_plusplus(rows.astype(np.float64), k, random_state=random_state)[0]
     if not 2 <= n_clusters <= len(rows):

@@ -211,7 +211,11 @@ def test_confusion_reorders_the_table(table):
     counts = contingency(clusters, labels)
     assert sorted(order.tolist()) == list(range(len(counts)))
     assert torch.equal(matrix, counts[order].T)
-    if len(counts) == counts.shape[1]: assert matrix.diagonal().sum() == best_by_trying(counts.numpy())
+    if len(counts) != counts.shape[1]: return
+    right, sizes = matrix.diagonal().tolist(), matrix.sum(1).tolist()
+    assert sum(right) == best_by_trying(counts.numpy())
+    recall = cluster_metrics(clusters, labels)['per_class_recall']
+    assert recall == [n/size if size else None for n, size in zip(right, sizes)]
 
 def test_confusion_of_extra_clusters_is_a_staircase():
     clusters, labels = unroll(np.array([[0, 7], [5, 0], [0, 9], [4, 0], [0, 0], [0, 1]]))
