@@ -64,6 +64,9 @@ def test_short_names_are_models_with_weights():
     for model, side in FEATURES.values():
         assert model in known and side % 16 in (0, 2 if 'patch14' in model else 0, side % 14)
 
+def test_a_name_of_timm_has_the_size_it_was_tested_with():
+    assert find_features('timm:resnet18.a1_in1k') == ('resnet18.a1_in1k', 288)
+
 @pytest.mark.parametrize('name', ['dinov9', 'timm:nothing', 'timm:', '', 'resnet18', 'timm:resnet18.nowhere'])
 def test_an_unknown_name_gets_the_closest(name):
     with pytest.raises(UserError, match='did you mean'): find_features(name)
