@@ -33,9 +33,9 @@ def test_code_of_the_readme_makes_no_tables_or_pictures():
 
 @pytest.mark.parametrize('path', [p for p in notebooks() if p.stem != 'index'], ids=lambda p: p.stem)
 def test_map_has_each_notebook_and_marks_engine_rooms(path):
-    link = re.escape(path.relative_to(ROOT).as_posix())
-    line, = re.findall(rf'^\| \[\S+\]\({link}\) \| .+ \|$', stored(), re.M)
-    assert ('engine room: skip on a first reading' in line) == ('Engine room: skip' in path.read_text())
+    link = f']({path.relative_to(ROOT).as_posix()})'
+    row, = (line for line in stored().splitlines() if line.startswith('|') and link in line)
+    assert (link in row.rsplit('|', 2)[1]) == ('Engine room: skip' in path.read_text())
 
 @pytest.fixture
 def rendered(tmp_path):
