@@ -12,8 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 import torch
 from torch import Tensor
-from .augment import BatchAugment, check_batch
-from .views import send, send_all
+from .views import check_batch, send, send_all
 
 # %% ../nbs/02a_ahead.ipynb #2a789eb9
 def ahead(
@@ -66,7 +65,7 @@ def take(
 class Views:
     "Random views of a batch: `draw` belongs to the first part of a step, `render` to the second."
     def __init__(self,
-        augment: Callable,     # (images, generator) -> a view of each; a BatchAugment works in two parts
+        augment: Callable,     # (images, generator) -> a view of each; those of `views` work in two parts
         images: Tensor,        # N×C×H×W, on any device or memory-mapped
         device: torch.device,  # where the views are needed
         n: int = 1,            # views of each image
@@ -76,7 +75,8 @@ class Views:
     def draw(self, indices, generator): # B int64 on the CPU -> what `render` needs
         batch = dict(images=self.images[indices]) if self.images.device.type == 'cpu' else dict(rows=indices)
         shape = torch.empty(1, device=self.device).expand(len(indices), *self.images.shape[1:])
-        if isinstance(self.augment, BatchAugment) and self.augment.in_two(shape):
+        in_two = getattr(self.augment, 'in_two', None)
+        if in_two and in_two(shape):
             return batch | dict(settings=self.augment.settings(shape, generator, self.n))
         x = self.take(batch)
         return batch | dict(views=torch.cat([self.augment(x, generator) for _ in range(self.n)]))

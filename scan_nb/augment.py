@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['brightness', 'contrast', 'color', 'identity', 'rotate', 'mirror', 'shear_x', 'shear_y', 'translate_x', 'translate_y',
-           'STRONG_OPS', 'to_float', 'check_batch', 'warp', 'random_boxes', 'crop_matrix', 'crop', 'luma', 'blend_',
-           'hue_offsets', 'hue', 'color_jitter_', 'gaussian_blur', 'cut_out_', 'silhouette', 'tint_', 'strip',
-           'disc_mask', 'BatchAugment', 'SimCLRAugment', 'WeakAugment', 'motion', 'move', 'autocontrast', 'equalize',
-           'solarize', 'posterize', 'sharpness', 'operate_', 'StrongAugment', 'Normalize']
+           'STRONG_OPS', 'to_float', 'warp', 'random_boxes', 'crop_matrix', 'crop', 'luma', 'blend_', 'hue_offsets',
+           'hue', 'color_jitter_', 'gaussian_blur', 'cut_out_', 'BatchAugment', 'SimCLRAugment', 'WeakAugment',
+           'motion', 'move', 'autocontrast', 'equalize', 'solarize', 'posterize', 'sharpness', 'operate_',
+           'StrongAugment', 'Normalize']
 
 # %% ../nbs/01_augment.ipynb #34c0aa7b
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,15 +17,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .data import MAX_CHANNELS, UserError
-
-# %% ../nbs/01_augment.ipynb #83927dd8
-def require(
-    ok: bool,   # the condition on a setting
-    text: str,  # what to say when it does not hold
-) -> None:
-    "Raises UserError(text) unless ok."
-    if not ok: raise UserError(text)
+from .data import UserError
 
 # %% ../nbs/01_augment.ipynb #90209150
 def to_float(
@@ -37,26 +28,12 @@ def to_float(
     if x.is_floating_point(): return x.float()
     raise UserError(f'images are {x.dtype}: give uint8 in 0..255 or float in [0, 1]')
 
-# %% ../nbs/01_augment.ipynb #dbe6d035
-def check_batch(
-    x: Tensor,  # B×C×H×W, C 1 to 16, uint8 or float in [0, 1]
-) -> Tensor:    # the same, contiguous
-    "Passes a batch of images. Raises UserError that says what is wrong with anything else."
-    require(isinstance(x, Tensor), f'images are a {type(x).__name__}: give a torch tensor')
-    require(x.ndim == 4 and 0 < x.shape[1] <= MAX_CHANNELS and x.numel() > 0,
-            f'images have shape {tuple(x.shape)}: give B×C×H×W, not empty, with C = 1 to {MAX_CHANNELS}')
-    if x.dtype == torch.uint8: return x.contiguous()
-    require(x.is_floating_point(), f'images are {x.dtype}: give uint8 in 0..255 or float in [0, 1]')
-    require(x.amin() >= -1e-4 and x.amax() <= 1 + 1e-4,
-            'float images hold NaN or values outside [0, 1]: scale them to [0, 1]')
-    return x.contiguous()
-
 # %% ../nbs/01_augment.ipynb #4fc02f47
 def warp(
     x: Tensor,              # n×C×H×W, uint8 or float in [0, 1]
     matrix: Tensor,         # n×2×3, from output to input coordinates in pixels, origin at the corner
     size: int|None = None,  # side of the output in pixels; None keeps H×W
-    bounds: Tensor|None = None,  # n×4 of `edges`: never look beyond; for maps that don't turn
+    bounds: Tensor|None = None,  # n×4 of `_edges`: never look beyond; for maps that don't turn
 ) -> Tensor:                # n×C×size×size float32, zero where the input has no pixel
     "One bilinear sampling of every image along its own affine map, by PyTorch's `grid_sample`."
     height, width = x.shape[-2:]
@@ -70,12 +47,8 @@ def warp(
     return F.grid_sample(to_float(x), grid, align_corners=False).clamp_(0, 1)
 
 # %% ../nbs/01_augment.ipynb #0e2bf950
-def uniform(
-    x: Tensor,     # the batch of n images that the numbers are for
-    columns: int,  # numbers per image
-    generator: torch.Generator|None = None,  # drawn on its device; None: torch's own, on x's device
-) -> Tensor:       # n×columns in [0, 1)
-    "Random numbers, one row per image."
+def _uniform(x, columns, generator=None): # a batch of n images; numbers for each; None: torch's own generator
+    "Random numbers in [0, 1), n×columns, drawn on the generator's device, else on that of x."
     device = x.device if generator is None else generator.device
     return torch.rand(len(x), columns, generator=generator, device=device)
 
@@ -84,11 +57,11 @@ def random_boxes(
     x: Tensor,  # n×C×H×W images; only the shape counts
     scale: tuple[float, float] = (.2, 1.),    # area of the box by area of the image; above 1: zoom out
     ratio: tuple[float, float] = (3/4, 4/3),  # width by height, log-uniform
-    generator: torch.Generator|None = None,  # see `uniform`
+    generator: torch.Generator|None = None,  # see `_uniform`
 ) -> Tensor:    # n×4 left, top, width, height in pixels, not rounded
     "Random resized crop: the first of ten tries that fits inside, else the largest central one."
     height, width = x.shape[-2:]
-    area, aspect, place = uniform(x, 22, generator).split((10, 10, 2), 1)
+    area, aspect, place = _uniform(x, 22, generator).split((10, 10, 2), 1)
     area = (scale[0] + (scale[1] - scale[0])*area)*(height*width)
     aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1]/ratio[0])*aspect)
     w, h = (area*aspect).sqrt(), (area/aspect).sqrt()
@@ -117,10 +90,8 @@ def crop_matrix(
     return torch.cat([linear, (center - linear.sum(2)*(size/2))[:, :, None]], 2)
 
 # %% ../nbs/01_augment.ipynb #0160c1c6
-def edges(
-    boxes: Tensor,  # n×4 left, top, width, height in pixels
-) -> Tensor:        # n×4: lowest and highest x, lowest and highest y
-    "The outermost pixel centers of a box: a crop repeats its own edge and does not look beyond."
+def _edges(boxes): # n×4 left, top, width, height in pixels
+    "Outermost pixel centers (x, x, y, y) of boxes: a crop repeats its own edge and does not look beyond."
     left, top, width, height = boxes.unbind(1)
     x, y = (width/2).clamp_max(.5), (height/2).clamp_max(.5)
     return torch.stack([left + x, left + width - x, top + y, top + height - y], 1)
@@ -134,7 +105,7 @@ def crop(
     warp: Callable = warp,     # how to sample
 ) -> Tensor:        # n×C×size×size
     "Each image's own box, mirrored if asked, resized to size×size."
-    return warp(x, crop_matrix(boxes, size, flip), size, edges(boxes))
+    return warp(x, crop_matrix(boxes, size, flip), size, _edges(boxes))
 
 # %% ../nbs/01_augment.ipynb #9a86584f
 def luma(
@@ -183,13 +154,8 @@ def hue(
     return share.mul_(chroma).add_(low).clamp_(0, 1)
 
 # %% ../nbs/01_augment.ipynb #115841db
-def change_rows_(
-    x: Tensor,     # n×C×H×W images, changed in place
-    which: Tensor, # n booleans, or numbers of rows
-    f: Callable,   # of images, and of settings of theirs
-    *settings: Tensor,  # one row per image of x, which may be on another device
-) -> Tensor:       # x
-    "The function f on some of the images."
+def _change_rows(x, which, f, *settings): # booleans or numbers of rows; a function of images and settings
+    "Applies f to some of the images in place. Settings, a row per image of x, may be on another device."
     rows = which.nonzero()[:, 0] if which.dtype == torch.bool else which
     if len(rows) == 0: return x
     there, own = rows.to(x.device), [v[rows].to(x.device) for v in settings]
@@ -205,10 +171,10 @@ def color_jitter_(
 ) -> Tensor:          # x
     "Brightness, contrast, saturation and hue, each row in its own order (SimCLR, appendix A)."
     for step in range(4):
-        change_rows_(x, hue_at == step, hue, shift)
+        _change_rows(x, hue_at == step, hue, shift)
         for k, f in enumerate((brightness, contrast, color)):
             due = (order[:, step:step + 1] == k).any(1) & (hue_at < 4)   # none in the last step
-            change_rows_(x, due, f, factors[:, k])
+            _change_rows(x, due, f, factors[:, k])
     return x
 
 # %% ../nbs/01_augment.ipynb #32c03516
@@ -239,73 +205,17 @@ def cut_out_(
     columns, rows = (within(at(axis) - first[:, None]) for axis, first in zip((3, 2), start))
     return x.masked_fill_((rows[:, :, None] & columns[:, None])[:, None], fill)
 
-# %% ../nbs/01_augment.ipynb #24d98f06
-def silhouette(
-    x: Tensor,  # n×C×H×W float images of things on black
-) -> Tensor:    # n×1×H×W float32: 1 inside, 0 outside
-    "Pixels brighter than 0.04, and those that lie between such pixels in both their row and their column."
-    bright = (x.amax(1, keepdim=True) > .04).float()
-    between = lambda axis: bright.cummax(axis)[0]*bright.flip(axis).cummax(axis)[0].flip(axis)
-    return between(2)*between(3)
-
-# %% ../nbs/01_augment.ipynb #6c5a10ba
-def tint_(
-    x: Tensor,       # n×C×H×W float images of things on black, changed in place
-    tone: Tensor,    # n mean values to be, in (0, 1]
-    detail: Tensor,  # n factors of the deviations from the mean; below 0: light and dark change places
-) -> Tensor:         # x
-    "Another mean brightness and contrast inside each silhouette, which itself stays."
-    inside = silhouette(x)
-    n = (inside.sum((1, 2, 3))*x.shape[1]).clamp_min(1)
-    mean, tone, detail = (v[:, None, None, None] for v in ((x*inside).sum((1, 2, 3))/n, tone, detail))
-    return x.sub_(mean).mul_(detail).add_(tone).clamp_(.04, 1).mul_(inside)
-
-# %% ../nbs/01_augment.ipynb #01e30cdf
-def strip(
-    x: Tensor,      # n×C×H×W images of things on black, of bytes or float in [0, 1]
-    share: Tensor,  # n parts that stay: of the image's width or, .2 more, of the thing's height
-) -> Tensor:        # n×C×H×W of the same type
-    "A part of each thing: a strip down the middle of what is taller than wide, the top of what is not."
-    bright = x.amax(1) > (.04 if x.is_floating_point() else 10)
-    rows, columns, share = bright.any(2), bright.any(1), share[:, None]
-    y, x_at = (torch.arange(n, device=x.device) + .5 for n in bright.shape[1:])
-    middle = (x_at - columns.shape[1]/2).abs() <= share*columns.shape[1]/2
-    top = y <= rows.float().argmax(1, keepdim=True) + (share + .2)*rows.sum(1, keepdim=True)
-    upright = (rows.sum(1) > columns.sum(1))[:, None, None]
-    return x*torch.where(upright, middle[:, None], top[:, :, None])[:, None].to(x.dtype)
-
-# %% ../nbs/01_augment.ipynb #afb74c41
-def disc_mask(
-    size: int,  # side of a view in pixels
-) -> Tensor:    # size×size float32: 1 where the center of the pixel lies in the inscribed disc, else 0
-    "The field of view of an all-sky camera."
-    x = torch.arange(size) + .5 - size/2
-    return (x.square() + x[:, None].square() <= size**2/4).float()
-
 # %% ../nbs/01_augment.ipynb #f9200761
 class BatchAugment(nn.Module):
     "Draws settings for every image, then renders the images with them; a subclass says how."
     warp = staticmethod(warp)   # a subclass may know a faster way
 
-    def __post_init__(self):
-        super().__init__()
-        self.check()
-        mask = disc_mask(self.size) if getattr(self, 'disc', False) else None
-        self.register_buffer('mask', mask, persistent=False)
-
-    def check(self) -> None:
-        "Checks every setting. Raises UserError that names the wrong one."
-        require(isinstance(self.size, int) and self.size > 0, f'size is {self.size!r}: give at least 1 pixel')
-        for name in ('scale', 'ratio'):
-            value = getattr(self, name, (1, 1))
-            ok = isinstance(value, (tuple, list)) and len(value) == 2 and 0 < value[0] <= value[1] < math.inf
-            require(ok, f'{name} is {value}: give two numbers, 0 < low ≤ high')
-        require(0 <= self.flip_p <= 1, f'flip_p is {self.flip_p}: give a chance in [0, 1]')
+    def __post_init__(self): super().__init__()
 
     @torch.no_grad()
     def forward(self, x: Tensor, generator: torch.Generator|None = None, n: int = 1) -> Tensor:
         "n views of each image: first one of every image, then the second ones."
-        x = check_batch(x)
+        x = x.contiguous()
         return self.render(x if n == 1 else x.repeat(n, 1, 1, 1), self.settings(x, generator, n))
 
     def settings(self, x: Tensor, generator: torch.Generator|None = None, n: int = 1) -> dict[str, Tensor]:
@@ -313,14 +223,10 @@ class BatchAugment(nn.Module):
         drawn = [self.draw(x, generator) for _ in range(n)]
         return {name: torch.cat([p[name] for p in drawn]) for name in drawn[0]}
 
-    def in_two(self, x: Tensor) -> bool:
-        "Whether settings for images like x can be sent ahead, or `render` looks at them once more."
-        return not x.is_cuda
-
 # %% ../nbs/01_augment.ipynb #880fc1f3
 @dataclass(eq=False)
 class SimCLRAugment(BatchAugment):
-    "Random strip, crop, flip, rotation, tint, jitter, grayscale, blur, erased square (SimCLR, section 3)."
+    "Random crop, flip, rotation, jitter, grayscale, blur, erased square (SimCLR, section 3)."
     size: int                                # side of a view in pixels
     scale: tuple[float, float] = (.2, 1.)    # area of the crop; an upper end above 1 zooms out
     ratio: tuple[float, float] = (3/4, 4/3)  # width by height of the crop, log-uniform
@@ -334,51 +240,35 @@ class SimCLRAugment(BatchAugment):
     gray_p: float = .2                       # chance of a gray view
     blur_p: float = 0.                       # chance of a blur of .1 to 2 pixels
     erase: int = 0                           # side in pixels of one erased square; 0: none
-    tint_p: float = 0.                       # chance of another cloth, see `tint_`; for things on black
-    strip_p: float = 0.                      # chance of a `strip` of share 0.3 to 0.5; for things on black
-    disc: bool = False                       # black outside the inscribed disc, for all-sky images
     jitter = staticmethod(color_jitter_)
-
-    def check(self) -> None:
-        super().check()
-        for name in ('jitter_p', 'gray_p', 'blur_p', 'tint_p', 'strip_p'):
-            require(0 <= (p := getattr(self, name)) <= 1, f'{name} is {p}: give a chance in [0, 1]')
-        for name in ('rotation', 'brightness', 'contrast', 'saturation', 'erase'):
-            require(0 <= (v := getattr(self, name)) < math.inf, f'{name} is {v}: give a number of at least 0')
-        require(0 <= self.hue <= .5, f'hue is {self.hue}: give at most half a turn, 0 to 0.5')
 
     def draw(self, x: Tensor, generator: torch.Generator|None = None) -> dict[str, Tensor]:
         "Everything random about one view of each image, one row per image; of x only the shape counts."
         blends = 3 if x.shape[1] == 3 else 2
-        flip, turn, jitter, at, shift, gray, blur, sigma, *rest = uniform(x, 16, generator).unbind(1)
+        flip, turn, jitter, at, shift, gray, blur, sigma, *rest = _uniform(x, 16, generator).unbind(1)
         strength = turn.new_tensor([self.brightness, self.contrast, self.saturation])
         low, order = (1 - strength).clamp_min(0), torch.stack(rest[:blends], 1).argsort(1)
         factors = low + (1 + strength - low)*torch.stack(rest[3:6], 1)
         boxes, angle = random_boxes(x, self.scale, self.ratio, generator), (2*turn - 1)*self.rotation
-        chances = lambda p, n: (uniform(x, n, generator) if p else turn.new_ones(len(x), n)).unbind(1)
-        tinted, tone, detail, inverted = chances(self.tint_p, 4)
-        stripped, share = chances(self.strip_p, 2)
         return dict(boxes=boxes, matrix=crop_matrix(boxes, self.size, flip < self.flip_p, angle),
                     order=order, factors=factors, shift=(2*shift - 1)*self.hue,
                     hue_at=torch.where(jitter < self.jitter_p, (at*4).long() if blends == 3 else 0, 4),
                     gray=gray < self.gray_p, sigma=torch.where(blur < self.blur_p, .1 + 1.9*sigma, 0),
-                    center=torch.stack(rest[6:8], 1), side=torch.full_like(turn, self.erase),
-                    strip=torch.where(stripped < self.strip_p, .3 + .2*share, 1),
-                    tone=torch.where(tinted < self.tint_p, .25 + .75*tone, 0),   # 0: this image keeps its own
-                    detail=torch.where(inverted < .2, -1, 1)*(.1 + .9*detail))
+                    center=torch.stack(rest[6:8], 1), side=torch.full_like(turn, self.erase))
+
+    def place(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+        "The crop, mirrored and turned."
+        bounds = None if self.rotation else _edges(p['boxes'].to(x.device))
+        return self.warp(x, p['matrix'].to(x.device), self.size, bounds)
 
     def render(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
-        "The strip, geometry, then tint, color, grayscale, blur, the erased square and the disc."
-        on, stripped = lambda v: v.to(x.device), p['strip'] < 1
+        "Geometry, then color, grayscale, blur and the erased square."
         gray, radius = lambda y: luma(y).expand(-1, 3, -1, -1), max(1, round(self.size/20))
-        if stripped.any(): x = change_rows_(x.clone(), stripped, strip, p['strip'])
-        x = self.warp(x, on(p['matrix']), self.size, None if self.rotation else edges(on(p['boxes'])))
-        change_rows_(x, p['tone'] > 0, tint_, p['tone'], p['detail'])
+        x = self.place(x, p)
         self.jitter(x, p['order'], p['factors'], p['shift'], p['hue_at'])
-        if x.shape[1] == 3: change_rows_(x, p['gray'], gray)
-        change_rows_(x, p['sigma'] > 0, partial(gaussian_blur, radius=radius), p['sigma'])
-        if self.erase: cut_out_(x, on(p['center']), on(p['side']), 0.)
-        return x.mul_(on(self.mask)) if self.disc else x
+        if x.shape[1] == 3: _change_rows(x, p['gray'], gray)
+        _change_rows(x, p['sigma'] > 0, partial(gaussian_blur, radius=radius), p['sigma'])
+        return cut_out_(x, p['center'].to(x.device), p['side'].to(x.device)) if self.erase else x
 
 # %% ../nbs/01_augment.ipynb #67ef323d
 @dataclass(eq=False)
@@ -392,7 +282,7 @@ class WeakAugment(BatchAugment):
     def draw(self, x: Tensor, generator: torch.Generator|None = None) -> dict[str, Tensor]:
         "A box and a flip or none for each image."
         boxes = random_boxes(x, self.scale, self.ratio, generator)
-        return dict(boxes=boxes, flip=uniform(x, 1, generator)[:, 0] < self.flip_p)
+        return dict(boxes=boxes, flip=_uniform(x, 1, generator)[:, 0] < self.flip_p)
 
     def render(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
         "The boxes, as views."
@@ -508,7 +398,7 @@ def operate_(
     for slot, column in enumerate(ops.unbind(1)):
         groups = column.argsort(stable=True).split(torch.bincount(column, minlength=len(functions)).tolist())
         for f, rows in zip(functions, groups):
-            if f is not identity: change_rows_(x, rows, f, amounts[:, slot])
+            if f is not identity: _change_rows(x, rows, f, amounts[:, slot])
     return x
 
 # %% ../nbs/01_augment.ipynb #08eee2f7
@@ -521,29 +411,16 @@ class StrongAugment(BatchAugment):
     flip_p: float = .5         # chance of a mirror image
     fill: float = 0.           # value of the cut-out square
     ops: tuple|None = None     # names of STRONG_OPS to draw from; None: all 14
-    disc: bool = False         # black outside the inscribed disc, for all-sky images
     operate = staticmethod(operate_)
 
-    def check(self) -> None:
-        super().check()
+    def __post_init__(self):
+        super().__post_init__()
         if self.cutout is None: self.cutout = self.size//2
-        for name, what in (('n_ops', 'a count, 0 or more'), ('cutout', 'whole pixels')):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value >= 0, f'{name} is {value!r}: give {what}')
-        require(0 <= self.fill <= 1, f'fill is {self.fill}: give a value in [0, 1]')
-        if self.ops is None: return
-        ok = isinstance(self.ops, (tuple, list)) and len(self.ops)
-        require(ok, f'ops is {self.ops!r}: give names of STRONG_OPS, or None')
-        for name in self.ops:
-            near = difflib.get_close_matches(str(name), STRONG_OPS, 1, 0)[0]
-            require(name in STRONG_OPS, f"ops names {name!r}, which does not exist: did you mean '{near}'?")
 
     def draw(self, x: Tensor, generator: torch.Generator|None = None) -> dict[str, Tensor]:
-        "Settings, one row per image; the first operation is the flip or nothing. UserError: x is too small."
+        "Settings, one row per image; the first operation is the flip or nothing."
         height, width = x.shape[-2:]
-        fits = min(height, width) >= self.size
-        require(fits, f'images of {height}×{width} are smaller than size {self.size}')
-        u = uniform(x, 6 + 2*self.n_ops, generator)
+        u = _uniform(x, 6 + 2*self.n_ops, generator)
         chosen = torch.tensor([[*STRONG_OPS].index(name) for name in self.ops or STRONG_OPS], device=u.device)
         ops, amount = chosen[(u[:, 6:6 + self.n_ops]*len(chosen)).long()], u[:, 6 + self.n_ops:]
         low, high = u.new_tensor([bounds for _, bounds in STRONG_OPS.values()]).unbind(1)
@@ -554,13 +431,12 @@ class StrongAugment(BatchAugment):
                     side=(u[:, 5]*self.cutout).floor() + (self.cutout > 0))
 
     def render(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
-        "Crop, the operations of each image, cutout and the disc."
+        "Crop, the operations of each image and cutout."
         on = lambda v: v.to(x.device)
         if x.shape[2:] == (self.size, self.size): x = to_float(x.clone(memory_format=torch.contiguous_format))
         else: x = crop(x, F.pad(on(p['corner']), (0, 2), value=self.size), self.size, warp=self.warp)
         self.operate(x, p['ops'], p['amounts'])
-        if self.cutout: cut_out_(x, on(p['center']), on(p['side']), self.fill)
-        return x.mul_(on(self.mask)) if self.disc else x
+        return cut_out_(x, on(p['center']), on(p['side']), self.fill) if self.cutout else x
 
 # %% ../nbs/01_augment.ipynb #882c28b1
 class Normalize(nn.Module):
@@ -572,7 +448,9 @@ class Normalize(nn.Module):
         super().__init__()
         mean, std = (torch.as_tensor(v, dtype=torch.float32).flatten() for v in (mean, std))
         ok = mean.shape == std.shape and (mean + std).isfinite().all() and (std > 0).all()
-        require(ok, f'mean {mean.tolist()} and std {std.tolist()}: give one value per channel, std above 0')
+        if not ok:
+            raise UserError(f'mean {mean.tolist()} and std {std.tolist()}: '
+                            'give one value per channel, std above 0')
         self.register_buffer('mean', mean)
         self.register_buffer('std', std)
 
@@ -585,7 +463,7 @@ class Normalize(nn.Module):
     ) -> nn.Module:      # Normalize with their mean and standard deviation
         "Measures mean and standard deviation per channel, a part of the images at a time."
         ok = isinstance(images, Tensor) and images.ndim == 4 and images.numel() > 0
-        require(ok, 'give images as N×C×H×W')
+        if not ok: raise UserError('give images as N×C×H×W')
         total, square, count = 0., 0., images.numel()//images.shape[1]
         for part in images.split(4096):
             x = to_float(part).transpose(0, 1).flatten(1)

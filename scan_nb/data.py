@@ -418,7 +418,7 @@ def read_images(
 # %% ../nbs/00_data.ipynb #1607e87e
 WHITES = 1, 16, 255, 1023, 4095, 16383, 65535   # floats, and counts of 4, 8, 10, 12, 14 and 16 bits
 
-def find_white(high): # the highest value of a whole set of images
+def _find_white(high): # the highest value of a whole set of images
     "The next step of `WHITES`; 1, which then fits them not, for values a little above 1."
     return 1 if 1 < high < 2 else next((w for w in WHITES if high <= w), WHITES[-1])
 
@@ -459,7 +459,7 @@ def choose_shape(
     facts = dict(sides=[int(short.min()), int(long.max())], frames=int((frames - 1).sum()),
                  stacks=int((frames > 1).sum()))
     if fit == 'crop': facts['outside'] = float((1 - short/long).mean())
-    if high.any(): facts['white'] = white or find_white(float(high.max()))
+    if high.any(): facts['white'] = white or _find_white(float(high.max()))
     facts['kinds'] = Counter(Path(file).suffix.lower() for file in files if isinstance(file, (str, Path)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = (files[i:i+64] for i in range(0, len(files), 64))

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .data import MAX_CHANNELS, ImageSet, UserError, check_size, check_times, choose_shape
-from .data import class_labels, decode_files, digits, find_images, find_white, name_images
+from .data import class_labels, decode_files, digits, find_images, _find_white, name_images
 from .data import read_layout, to_uint8
 
 # %% ../nbs/00a_datasets.ipynb #e0bfa6fb
@@ -386,7 +386,7 @@ def numbers_to_set(
     "Raises `UserError` where `to_uint8` does."
     if x.dtype == torch.uint8: return ImageSet(x)
     high = 0 if x.is_complex() else max(float(part.detach().float().max()) for part in x.split(1024))
-    white = white or find_white(high)
+    white = white or _find_white(high)
     return ImageSet(to_uint8(x, white), facts=dict(white=white))
 
 # %% ../nbs/00a_datasets.ipynb #88c75fe8

@@ -17,8 +17,8 @@ from typing import ClassVar, Literal, Union, get_args, get_origin
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .augment import disc_mask, to_float
-from .views import SimCLRAugment, StrongAugment, WeakAugment
+from .augment import to_float
+from .views import SimCLRAugment, StrongAugment, WeakAugment, disc_mask
 from .data import MAX_CHANNELS, ImageSet, UserError
 from .datasets import closest, name_channels
 from .frozen import find_features

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['jit', 'BLOCK', 'IDENTITY', 'AUTOCONTRAST', 'EQUALIZE', 'ROTATE', 'SOLARIZE', 'POSTERIZE', 'COLOR', 'CONTRAST',
            'BRIGHTNESS', 'SHARPNESS', 'SHEAR_X', 'SHEAR_Y', 'TRANSLATE_X', 'TRANSLATE_Y', 'MIRROR', 'send', 'pack',
-           'unpack', 'send_all', 'launch', 'sample', 'jitter_', 'blur', 'cover_', 'strip', 'tint', 'operate',
-           'has_kernels', 'SimCLRAugment', 'WeakAugment', 'StrongAugment']
+           'unpack', 'send_all', 'launch', 'sample', 'jitter_', 'blur', 'disc_mask', 'cover_', 'silhouette', 'tint_',
+           'take_strip', 'strip', 'tint', 'operate', 'has_kernels', 'check_batch', 'SimCLRAugment', 'WeakAugment',
+           'StrongAugment']
 
 # %% ../nbs/01b_views.ipynb #1971cbaa
-import warnings
+import difflib, math, warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 import torch
@@ -18,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 from . import augment as lesson, augment_fast as fast
-from .augment import crop_matrix, edges
+from .augment import STRONG_OPS, _change_rows, _edges, _uniform, crop_matrix
+from .data import MAX_CHANNELS, UserError
 try:
     import triton
     import triton.language as tl
@@ -260,6 +263,14 @@ def blur(
 @blur.register_fake
 def _(x, sigma, radius, down): return torch.empty_like(x)
 
+# %% ../nbs/01b_views.ipynb #afb74c41
+def disc_mask(
+    size: int,  # side of a view in pixels
+) -> Tensor:    # size×size float32: 1 where the center of the pixel lies in the inscribed disc, else 0
+    "The field of view of an all-sky camera."
+    x = torch.arange(size) + .5 - size/2
+    return (x.square() + x[:, None].square() <= size**2/4).float()
+
 # %% ../nbs/01b_views.ipynb #31e016cc
 @jit
 def _cover(x, center, side, fill, channels, size, DISC: tl.constexpr, BLOCK: tl.constexpr):
@@ -285,10 +296,45 @@ def cover_(
     fill: float,     # value of the square
     disc: bool,      # black outside the inscribed disc, too
 ) -> None:
-    "The lesson's `cut_out_` and its disc, in one launch."
+    "The lesson's `cut_out_` and the disc, in one launch."
     channels, size = x.shape[1:3]
     grid = len(x), triton.cdiv(size*size, BLOCK)
     launch(_cover, grid, x, center, side, fill, channels, size, DISC=disc)
+
+# %% ../nbs/01b_views.ipynb #24d98f06
+def silhouette(
+    x: Tensor,  # n×C×H×W float images of things on black
+) -> Tensor:    # n×1×H×W float32: 1 inside, 0 outside
+    "Pixels brighter than 0.04, and those that lie between such pixels in both their row and their column."
+    bright = (x.amax(1, keepdim=True) > .04).float()
+    between = lambda axis: bright.cummax(axis)[0]*bright.flip(axis).cummax(axis)[0].flip(axis)
+    return between(2)*between(3)
+
+# %% ../nbs/01b_views.ipynb #6c5a10ba
+def tint_(
+    x: Tensor,       # n×C×H×W float images of things on black, changed in place
+    tone: Tensor,    # n mean values to be, in (0, 1]
+    detail: Tensor,  # n factors of the deviations from the mean; below 0: light and dark change places
+) -> Tensor:         # x
+    "Another mean brightness and contrast inside each silhouette, which itself stays."
+    inside = silhouette(x)
+    n = (inside.sum((1, 2, 3))*x.shape[1]).clamp_min(1)
+    mean, tone, detail = (v[:, None, None, None] for v in ((x*inside).sum((1, 2, 3))/n, tone, detail))
+    return x.sub_(mean).mul_(detail).add_(tone).clamp_(.04, 1).mul_(inside)
+
+# %% ../nbs/01b_views.ipynb #01e30cdf
+def take_strip(
+    x: Tensor,      # n×C×H×W images of things on black, of bytes or float in [0, 1]
+    share: Tensor,  # n parts that stay: of the image's width or, .2 more, of the thing's height
+) -> Tensor:        # n×C×H×W of the same type
+    "A part of each thing: a strip down the middle of what is taller than wide, the top of what is not."
+    bright = x.amax(1) > (.04 if x.is_floating_point() else 10)
+    rows, columns, share = bright.any(2), bright.any(1), share[:, None]
+    y, x_at = (torch.arange(n, device=x.device) + .5 for n in bright.shape[1:])
+    middle = (x_at - columns.shape[1]/2).abs() <= share*columns.shape[1]/2
+    top = y <= rows.float().argmax(1, keepdim=True) + (share + .2)*rows.sum(1, keepdim=True)
+    upright = (rows.sum(1) > columns.sum(1))[:, None, None]
+    return x*torch.where(upright, middle[:, None], top[:, :, None])[:, None].to(x.dtype)
 
 # %% ../nbs/01b_views.ipynb #ea06b4e0
 @jit
@@ -324,9 +370,9 @@ def _strip(x, out, share, channels, height, width, limit, BLOCK: tl.constexpr):
 @custom_op('scan_nb::strip', mutates_args=())
 def strip(
     x: Tensor,      # n×C×H×W images of things on black, of bytes or float in [0, 1], contiguous
-    share: Tensor,  # n parts that stay, see the lesson's `strip`; 1: this image stays as it is
+    share: Tensor,  # n parts that stay, see `take_strip`; 1: this image stays as it is
 ) -> Tensor:        # n×C×H×W of the same type
-    "The lesson's `strip`, in one launch."
+    "The same as `take_strip`, in one launch."
     out, limit = torch.empty_like(x), .04 if x.is_floating_point() else 10.
     launch(_strip, (len(x),), x, out, share, *x.shape[1:], limit, BLOCK=triton.next_power_of_2(x.shape[3]))
     return out
@@ -366,7 +412,7 @@ def tint(
     tone: Tensor,    # n mean values to be, in (0, 1]; 0: this image stays as it is
     detail: Tensor,  # n factors of the deviations from the mean; below 0: light and dark change places
 ) -> Tensor:         # n×C×H×W
-    "The lesson's `tint_`, in one launch."
+    "The same as `tint_`, in one launch."
     out, wide = torch.empty_like(x), triton.next_power_of_2(x.shape[3])
     launch(_tint, (len(x),), x, out, tone, detail, *x.shape[1:], BLOCK=wide)
     return out
@@ -511,31 +557,104 @@ def has_kernels(
     "Where the programs of this notebook run."
     return x.device.type == 'cuda' and triton is not None and _compiles(x.device)
 
+# %% ../nbs/01b_views.ipynb #83927dd8
+def require(
+    ok: bool,   # the condition on a setting
+    text: str,  # what to say when it does not hold
+) -> None:
+    "Raises UserError(text) unless ok."
+    if not ok: raise UserError(text)
+
+# %% ../nbs/01b_views.ipynb #dbe6d035
+def check_batch(
+    x: Tensor,  # B×C×H×W, C 1 to 16, uint8 or float in [0, 1]
+) -> Tensor:    # the same, contiguous
+    "Passes a batch of images. Raises UserError that says what is wrong with anything else."
+    require(isinstance(x, Tensor), f'images are a {type(x).__name__}: give a torch tensor')
+    require(x.ndim == 4 and 0 < x.shape[1] <= MAX_CHANNELS and x.numel() > 0,
+            f'images have shape {tuple(x.shape)}: give B×C×H×W, not empty, with C = 1 to {MAX_CHANNELS}')
+    if x.dtype == torch.uint8: return x.contiguous()
+    require(x.is_floating_point(), f'images are {x.dtype}: give uint8 in 0..255 or float in [0, 1]')
+    require(x.amin() >= -1e-4 and x.amax() <= 1 + 1e-4,
+            'float images hold NaN or values outside [0, 1]: scale them to [0, 1]')
+    return x.contiguous()
+
 # %% ../nbs/01b_views.ipynb #01b00a01
 class _Programs:
     "What the three classes have in common."
+    def check(self) -> None:
+        "Checks every setting. Raises UserError that names the wrong one."
+        require(isinstance(self.size, int) and self.size > 0, f'size is {self.size!r}: give at least 1 pixel')
+        for name in ('scale', 'ratio'):
+            value = getattr(self, name, (1, 1))
+            ok = isinstance(value, (tuple, list)) and len(value) == 2 and 0 < value[0] <= value[1] < math.inf
+            require(ok, f'{name} is {value}: give two numbers, 0 < low ≤ high')
+        require(0 <= self.flip_p <= 1, f'flip_p is {self.flip_p}: give a chance in [0, 1]')
+
+    def __post_init__(self):
+        self.check()
+        super().__post_init__()
+        mask = disc_mask(self.size) if getattr(self, 'disc', False) else None
+        self.register_buffer('mask', mask, persistent=False)
+
+    def uses_programs(self, x: Tensor) -> bool:
+        "Whether the programs make the views of images like x."
+        return has_kernels(x)
+
     def in_two(self, x: Tensor) -> bool:
-        "Always, but on a GPU without Triton."
-        return not x.is_cuda or has_kernels(x)
+        "Whether settings for images like x can be sent ahead; on a GPU without Triton they cannot."
+        return not x.is_cuda or self.uses_programs(x)
+
+    def forward(self, x: Tensor, generator: torch.Generator|None = None, n: int = 1) -> Tensor:
+        "n views of each image: first one of every image, then the second ones."
+        return super().forward(check_batch(x), generator, n)
 
     def settings(self, x: Tensor, generator: torch.Generator|None = None, n: int = 1) -> dict[str, Tensor]:
         "As in the lesson; for the programs complete, and as float32."
         p = super().settings(x, generator, n)
-        if not has_kernels(x): return p
+        if not self.uses_programs(x): return p
         return {name: value.float().contiguous() for name, value in self.complete(p).items()}
 
     def render(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
-        "By the programs, where they run; else as in the lesson."
-        return self.programs(x, send_all(p, x.device)) if has_kernels(x) else super().render(x, p)
+        "By the programs, where they run; else as in the lesson, and the disc."
+        if self.uses_programs(x): return self.programs(x, send_all(p, x.device))
+        x = super().render(x, p)
+        return x if self.mask is None else x.mul_(self.mask.to(x.device))
 
 # %% ../nbs/01b_views.ipynb #6e1751cf
+@dataclass(eq=False)
 class SimCLRAugment(_Programs, lesson.SimCLRAugment):
-    "The lesson's SimCLR views, the fastest way where the images are."
+    "The lesson's SimCLR views, the fastest way where the images are; and more for things on black."
+    tint_p: float = 0.                       # chance of another cloth, see `tint_`
+    strip_p: float = 0.                      # chance of a strip of share 0.3 to 0.5, see `take_strip`
+    disc: bool = False                       # black outside the inscribed disc, for all-sky images
     warp, jitter = staticmethod(fast.warp), staticmethod(fast.color_jitter_)
+
+    def check(self) -> None:
+        super().check()
+        for name in ('jitter_p', 'gray_p', 'blur_p', 'tint_p', 'strip_p'):
+            require(0 <= (p := getattr(self, name)) <= 1, f'{name} is {p}: give a chance in [0, 1]')
+        for name in ('rotation', 'brightness', 'contrast', 'saturation', 'erase'):
+            require(0 <= (v := getattr(self, name)) < math.inf, f'{name} is {v}: give a number of at least 0')
+        require(0 <= self.hue <= .5, f'hue is {self.hue}: give at most half a turn, 0 to 0.5')
+
+    def draw(self, x: Tensor, generator: torch.Generator|None = None) -> dict[str, Tensor]:
+        "The lesson's settings, and those of another cloth and of a strip; of x only the shape counts."
+        p = super().draw(x, generator)
+        one = lambda chance, n: _uniform(x, n, generator) if chance else p['shift'].new_ones(len(x), n)
+        (tinted, tone, detail, inverted), (stripped, share) = one(self.tint_p, 4).T, one(self.strip_p, 2).T
+        return p | dict(strip=torch.where(stripped < self.strip_p, .3 + .2*share, 1),
+                        tone=torch.where(tinted < self.tint_p, .25 + .75*tone, 0),   # 0: it keeps its own
+                        detail=torch.where(inverted < .2, -1, 1)*(.1 + .9*detail))
+
+    def place(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+        "The strip, then the crop as in the lesson, then the tint."
+        if (stripped := p['strip'] < 1).any(): x = _change_rows(x.clone(), stripped, take_strip, p['strip'])
+        return _change_rows(super().place(x, p), p['tone'] > 0, tint_, p['tone'], p['detail'])
 
     def complete(self, p: dict[str, Tensor]) -> dict[str, Tensor]:
         "With the bounds of the boxes."
-        if not self.rotation: return p | dict(bounds=edges(p['boxes']))
+        if not self.rotation: return p | dict(bounds=_edges(p['boxes']))
         return p | dict(bounds=p['boxes'].new_tensor([-torch.inf, torch.inf]).repeat(len(p['boxes']), 2))
 
     def programs(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
@@ -556,21 +675,43 @@ class WeakAugment(_Programs, lesson.WeakAugment):
 
     def complete(self, p: dict[str, Tensor]) -> dict[str, Tensor]:
         "Maps and bounds of the boxes."
-        return dict(matrix=crop_matrix(p['boxes'], self.size, p['flip']), bounds=edges(p['boxes']))
+        return dict(matrix=crop_matrix(p['boxes'], self.size, p['flip']), bounds=_edges(p['boxes']))
 
     def programs(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
         "The same as the lesson's `render`, in one launch."
         return sample(x, p['matrix'], p['bounds'], self.size)
 
 # %% ../nbs/01b_views.ipynb #64ec8a22
+@dataclass(eq=False)
 class StrongAugment(_Programs, lesson.StrongAugment):
     "The lesson's strong views, the fastest way where the images are."
+    disc: bool = False                       # black outside the inscribed disc, for all-sky images
     warp, operate = staticmethod(fast.warp), staticmethod(fast.operate_)
+
+    def check(self) -> None:
+        super().check()
+        for name, what in (('n_ops', 'a count, 0 or more'), ('cutout', 'whole pixels')):
+            value = 0 if (value := getattr(self, name)) is None and name == 'cutout' else value
+            require(isinstance(value, int) and value >= 0, f'{name} is {value!r}: give {what}')
+        require(0 <= self.fill <= 1, f'fill is {self.fill}: give a value in [0, 1]')
+        if self.ops is None: return
+        ok = isinstance(self.ops, (tuple, list)) and len(self.ops)
+        require(ok, f'ops is {self.ops!r}: give names of STRONG_OPS, or None')
+        for name in self.ops:
+            near = difflib.get_close_matches(str(name), STRONG_OPS, 1, 0)[0]
+            require(name in STRONG_OPS, f"ops names {name!r}, which does not exist: did you mean '{near}'?")
+
+    def draw(self, x: Tensor, generator: torch.Generator|None = None) -> dict[str, Tensor]:
+        "As in the lesson. Raises UserError when the images are too small."
+        height, width = x.shape[-2:]
+        fits = min(height, width) >= self.size
+        require(fits, f'images of {height}×{width} are smaller than size {self.size}')
+        return super().draw(x, generator)
 
     def complete(self, p: dict[str, Tensor]) -> dict[str, Tensor]:
         "With maps and bounds of the crops; operations and amounts by slot."
         boxes = F.pad(p['corner'], (0, 2), value=self.size)
-        return p | dict(matrix=crop_matrix(boxes, self.size), bounds=edges(boxes),
+        return p | dict(matrix=crop_matrix(boxes, self.size), bounds=_edges(boxes),
                         ops=p['ops'].T, amounts=p['amounts'].T)
 
     def programs(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:

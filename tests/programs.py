@@ -7,7 +7,7 @@ import pytest
 import torch
 from scan_nb import augment as lesson, views
 from scan_nb.augment import STRONG_OPS, to_float
-from test_augment import generator, images
+from test_augment import generator, images, plain as without_programs
 from torch.testing import assert_close
 
 DEVICE = 'cpu' if os.environ.get('TRITON_INTERPRET') else 'cuda'
@@ -36,7 +36,7 @@ def test_sample(c, floats, turned):
     if floats: x = to_float(x)
     boxes, flip = lesson.random_boxes(x, (.3, 2.), generator=g), torch.rand(2, generator=g) < .5
     matrix = lesson.crop_matrix(boxes, 12, flip, torch.tensor([100., -40]) if turned else None)
-    bounds = torch.tensor([-torch.inf, torch.inf]).repeat(2, 2) if turned else lesson.edges(boxes)
+    bounds = torch.tensor([-torch.inf, torch.inf]).repeat(2, 2) if turned else lesson._edges(boxes)
     close(by_program(views.sample, x, matrix, bounds, 12), lesson.warp(x, matrix, 12, bounds))
     part = x[:, :, ::2]   # not contiguous
     close(by_program(lambda x, *args: views.sample(x[:, :, ::2], *args), x, matrix, bounds, 12),
@@ -68,7 +68,7 @@ def test_cover(size, disc):
     x, center = to_float(images(20, 2, size, size)), torch.rand(20, 2, generator=generator(size))
     side = torch.arange(20)/2//1
     plain = lesson.cut_out_(x.clone(), center, side, .3)
-    if disc: plain *= lesson.disc_mask(size)
+    if disc: plain *= views.disc_mask(size)
     assert torch.equal(by_program(views.cover_, x, center, side, .3, disc), plain)
 
 def things(c, h=7, w=9):
@@ -81,13 +81,13 @@ def things(c, h=7, w=9):
 @each_number_of_channels
 def test_strip(c):
     x, share = things(c) if c in (2, 3) else to_float(things(c)), torch.tensor([.3, .4, .5, .3, .5])
-    assert torch.equal(by_program(views.strip, x, share), lesson.strip(x, share))
+    assert torch.equal(by_program(views.strip, x, share), views.take_strip(x, share))
     assert torch.equal(by_program(views.strip, x[:2], torch.ones(2)), x[:2])
 
 @each_number_of_channels
 def test_tint(c):
     x, tone, detail = to_float(things(c)), torch.tensor([.3, .5, 0, 1, .6]), torch.linspace(-1, 1, 5)
-    plain = lesson.tint_(x.clone(), tone, detail)
+    plain = views.tint_(x.clone(), tone, detail)
     plain[2] = x[2]
     close(by_program(views.tint, x, tone, detail), plain)
 
@@ -124,5 +124,5 @@ def test_views(c, name, switches):
     "Two of each image. Operations that jump from level to level have tests of their own."
     some = images(1, c, 12, 9)
     for x in (some, to_float(some)) if not switches else (some,):
-        ours, plain = (getattr(room, name)(8, **switches) for room in (views, lesson))
+        ours, plain = (kind(8, **switches) for kind in (getattr(views, name), without_programs(name)))
         close(by_program(ours, x, generator(c), 2), plain(x, generator(c), n=2))

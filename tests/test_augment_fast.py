@@ -24,7 +24,7 @@ def test_pixels_are_sampled_as_in_the_lesson(n, c, h, w, size, turned, bounded, 
     boxes = lesson.random_boxes(x, (.3, 2.), generator=g)
     angle = (torch.rand(n, generator=g) - .5)*300 if turned else None
     matrix = lesson.crop_matrix(boxes, size, torch.rand(n, generator=g) < .5, angle)
-    bounds = lesson.edges(boxes) if bounded and not turned else None
+    bounds = lesson._edges(boxes) if bounded and not turned else None
     x = to_float(x) if floats else x
     views = lesson.warp(x, matrix, size, bounds)
     loop, ours = (f(x, matrix, size, bounds) for f in (fast.warp_loop, fast.warp))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scan_nb import datasets as D
-from scan_nb.augment import disc_mask
+from scan_nb.views import disc_mask
 from scan_nb.data import UserError
 from scan_nb.datasets import AURORA, synthetic_aurora
 from scan_nb.evaluate import cluster_metrics
