@@ -37,10 +37,11 @@ from .neighbors import unit_rows
 from .neighbors_fast import mine_neighbors
 from .pipeline import SCAN
 from .recipes import FOLDER
-from .scan import train_heads, train_scan, validate_scan
+from .scan import train_heads, validate_scan
 from .selflabel import train_selflabel
 from .simclr import nt_xent, simclr_step
 from .training import autocast, make_generator, seeded
+from .whole_network import train_scan
 
 # %% ../nbs/benchmarks.ipynb #75ffc3f1
 def photo_tiles(

@@ -4,26 +4,22 @@
 
 # %% auto #0
 __all__ = ['ScanLoss', 'mean_entropy', 'scan_loss', 'validate_scan', 'head_agreement', 'choose_head', 'unstandardize',
-           'check_neighbors', 'random_partners', 'temi_loss', 'find_prior', 'estimate_prior', 'TrainedHeads',
-           'train_heads', 'clustering_health', 'diagnose', 'logits_of', 'got_worse', 'StageResult', 'train_checked',
-           'Pairs', 'train_scan']
+           'check_neighbors', 'random_partners', 'temi_loss', 'TrainedHeads', 'train_heads', 'clustering_health',
+           'diagnose', 'logits_of']
 
 # %% ../nbs/09_scan.ipynb #86bca8f7
 import copy
 import math
-from collections.abc import Callable, Iterable
 from typing import NamedTuple
-import numpy as np
 import torch
 from torch import Tensor
-from .augment_fast import compiled, in_threads
 from .data import UserError
 from .models import ClusteringModel, ClusterHeads
-from .training import CosineSchedule, autocast, make_generator, seeded, steps_per_epoch
+from .training import CosineSchedule, make_generator, seeded, steps_per_epoch
 from .distributed import gather, train
-from .ahead import Step, Views
-from .neighbors import as_seen, embed, held, run_over, unit_rows
-from .neighbors_fast import mine_neighbors
+from .neighbors import run_over
+from .pairs import sum_pairs
+from .class_sizes import find_prior
 
 # %% ../nbs/09_scan.ipynb #98f4fb6c
 class ScanLoss(NamedTuple):
@@ -59,68 +55,23 @@ def scan_loss(
     entropy = mean_entropy(log_p, prior)
     return ScanLoss(consistency - entropy_weight*entropy, consistency, entropy)
 
-# %% ../nbs/09_scan.ipynb #e849ad79
-@compiled
-def _pair_losses(own, p, logits, lse, neighbors, out):
-    "Of anchors `own`: the sum over their neighbors of -ln⟨p, q⟩; a small product in log space."
-    for i in range(own[0], own[1]):
-        out[i], together = 0, 1.   # one logarithm of many products
-        for j in neighbors[i]:
-            product, high = np.float32(0), np.float32(-np.inf)
-            for c in range(p.shape[1]): product += p[i, c]*p[j, c]
-            if product > 1e-30: together *= product
-            else:
-                for c in range(p.shape[1]): high = max(high, logits[i, c] + logits[j, c])
-                total = 0.
-                for c in range(p.shape[1]): total += np.exp(logits[i, c] + logits[j, c] - high)
-                out[i] += lse[i] + lse[j] - high - np.log(total)
-            if together < 1e-250: out[i], together = out[i] - np.log(together), 1.
-        out[i] -= np.log(together)
-
-# %% ../nbs/09_scan.ipynb #e637654b
-def _stream_pairs(logits, lse, neighbors, block):
-    "Sum of -ln⟨p, q⟩ over all pairs, and the mean assignment C, a block at a time; lse: N of the logits."
-    (n, k), c, pairs, mean, start = neighbors.shape, logits.shape[-1], 0., 0., 0
-    for near in neighbors.split(max(1, block//(k*c))):
-        rows, start = slice(start, start + len(near)), start + len(near)
-        log_p, near = logits[rows].float() - lse[rows, None], near.flatten()
-        log_q = (logits.index_select(0, near).float() - lse.index_select(0, near)[:, None]).view(-1, k, c)
-        p = log_p.exp()
-        product = (log_q.exp() @ p[:, :, None])[:, :, 0]
-        if product.min() > 1e-30: losses = -product.log()
-        else: losses = -(log_p[:, None] + log_q).logsumexp(-1)   # too small for float32
-        pairs, mean = pairs + losses.double().sum(), mean + p.sum(0).double()/n
-    return pairs, mean
-
-# %% ../nbs/09_scan.ipynb #5373c0d0
-def _validate_head(logits, neighbors, entropy_weight, block, prior):
-    "`validate_scan` of one head: on a CPU a loop over the pairs, when the probabilities fit into 512 MB."
-    n, c = logits.shape
-    lse = torch.cat([x.float().logsumexp(-1) for x in logits.split(max(1, block//c))])
-    if logits.device.type == 'cpu' and n*c <= 2**27:
-        logits, losses = logits.float(), torch.empty(n, dtype=torch.float64)
-        p = (logits - lse[:, None]).exp_()
-        in_threads(_pair_losses, n, p, logits, lse, neighbors, losses)
-        pairs, mean = losses.sum(), p.sum(0, dtype=torch.float64)/n
-    else: pairs, mean = _stream_pairs(logits, lse, neighbors, block)
-    entropy = mean_entropy(mean.clamp_min(1e-300).log()[None], prior).float()
-    consistency = (pairs/neighbors.numel()).float()
-    return ScanLoss(consistency - entropy_weight*entropy, consistency, entropy)
-
 # %% ../nbs/09_scan.ipynb #6d805a2c
 @torch.no_grad()
 def validate_scan(
     logits: Tensor,              # N×C, or H×N×C for H heads
     neighbors: Tensor,           # N×K int64 indices into the same N
     entropy_weight: float = 5.,  # λ ≥ 0, as in training: then the two losses compare
-    block: int|None = None,      # numbers gathered at a time; None: a half of `held`, 16 MB on a CPU
+    block: int|None = None,      # numbers gathered at a time, see `sum_pairs`
     prior: Tensor|None = None,   # C class sizes expected; None: all equal
 ) -> ScanLoss:                   # three scalars, or three vectors of H
     "The SCAN loss over all pairs of anchor and neighbor (SCAN, equation 2)."
-    block = block or held(logits.device)//2
-    if logits.ndim == 2: return _validate_head(logits, neighbors, entropy_weight, block, prior)
-    heads = [_validate_head(x, neighbors, entropy_weight, block, prior) for x in logits]
-    return ScanLoss(*map(torch.stack, zip(*heads)))
+    if logits.ndim == 3:
+        heads = [validate_scan(x, neighbors, entropy_weight, block, prior) for x in logits]
+        return ScanLoss(*map(torch.stack, zip(*heads)))
+    pairs, mean = sum_pairs(logits, neighbors, block)
+    consistency = (pairs/neighbors.numel()).float()
+    entropy = mean_entropy(mean.clamp_min(1e-300).log()[None], prior).float()
+    return ScanLoss(consistency - entropy_weight*entropy, consistency, entropy)
 
 # %% ../nbs/09_scan.ipynb #480fa0c6
 @torch.no_grad()
@@ -263,37 +214,6 @@ def _fit_heads(heads, step, n, lr, weight_decay, generator, epochs, batch_size, 
     return train(step, n, optimizer, epochs=epochs, batch_size=batch_size, generator=generator,
                  schedule=schedule, modules=[heads], progress=progress)
 
-# %% ../nbs/09_scan.ipynb #b90c0002
-def find_prior(
-    prior: Tensor|str|None,  # C class sizes in any unit, 'estimate', or None
-    n_clusters: int,         # C
-    embeddings: Callable,    # function() -> N×D, for 'estimate'
-    seed: int = 0,           # of the estimate
-) -> Tensor|None:            # C float32 of sum 1; None: all equal
-    "The prior in numbers. Raises UserError unless there are C numbers above 0."
-    if prior is None: return None
-    if isinstance(prior, str) and prior == 'estimate': return estimate_prior(embeddings(), n_clusters, seed)
-    try: sizes = torch.as_tensor(prior, dtype=torch.float32)
-    except (TypeError, ValueError): sizes = torch.zeros(0)
-    if sizes.shape != (n_clusters,) or not sizes.isfinite().all() or sizes.min() <= 0:
-        raise UserError(f"prior must be 'estimate' or {n_clusters} class sizes above 0, one per cluster")
-    return sizes/sizes.sum()
-
-# %% ../nbs/09_scan.ipynb #b90c0004
-def estimate_prior(
-    embeddings: Tensor,  # N×D, any norm
-    n_clusters: int,     # C
-    seed: int = 0,       # of the images looked at, when there are many
-) -> Tensor:             # C float32 of sum 1, the largest first
-    "Class sizes without labels: those of Ward's clusters (1963) of at most 4,000 or 10·C unit embeddings."
-    from sklearn.cluster import AgglomerativeClustering
-    some = torch.randperm(len(embeddings), generator=make_generator(seed))[:max(4000, 10*n_clusters)]
-    z = unit_rows(embeddings[some.to(embeddings.device)]).cpu()
-    clusters = torch.from_numpy(AgglomerativeClustering(n_clusters).fit_predict(z.numpy()))
-    sizes = clusters.bincount(minlength=n_clusters).float().sort(descending=True).values
-    sizes = (sizes/len(z)).clamp_min(.1/n_clusters)
-    return sizes/sizes.sum()
-
 # %% ../nbs/09_scan.ipynb #4325dc7a
 class TrainedHeads(NamedTuple):
     "What `train_heads` gives."
@@ -395,162 +315,3 @@ def logits_of(
     found = run_over(model, images, lambda x: read(x)[one], batch_size)
     if found.isfinite().all(): return found
     raise FloatingPointError('The network gives NaN or infinity: lower learning rate or weight decay.')
-
-# %% ../nbs/09_scan.ipynb #7ed4954c
-def got_worse(
-    before: dict,             # from `clustering_health`, before the stage
-    after: dict,              # the same, after it
-    tolerance: float = .015,  # loss of agreement, or of balance relative to before
-) -> str:                     # why it is worse; empty when it is not
-    "A label-free comparison: did clusters lose their balance, or neighbors part?"
-    if 1 - after['balance']/before['balance'] > tolerance:
-        return 'effective clusters fell from {:.2f} to {:.2f}'.format(
-            before['effective_clusters'], after['effective_clusters'])
-    if before['agreement'] - after['agreement'] > tolerance:
-        return f"agreement of neighbors fell from {before['agreement']:.3f} to {after['agreement']:.3f}"
-    return ''
-
-# %% ../nbs/09_scan.ipynb #56afeb16
-class StageResult(NamedTuple):
-    "What a training stage did."
-    history: list  # a row per epoch, with `clustering_health`
-    kept: bool     # False: the model has the weights from before the stage
-    reason: str    # why, in a sentence
-    @classmethod
-    def _judged(cls, model, old, before, history, tolerance):
-        "The verdict on a stage; gives the old weights back if it got worse."
-        after = history[-1] if history else before
-        why = got_worse(before, after, tolerance)
-        if why: model.load_state_dict(old)
-        kept = 'kept: agreement {:.3f} → {:.3f}, effective clusters {:.2f} → {:.2f}'.format(
-            *(health[key] for key in ('agreement', 'effective_clusters') for health in (before, after)))
-        return cls(history, not why, f'not kept: {why}' if why else kept)
-
-# %% ../nbs/09_scan.ipynb #9962eba9
-def train_checked(
-    model: ClusteringModel,      # trained in place
-    step: Callable,              # function(indices) -> losses, for `train`
-    images: Tensor,              # N×C×H×W, anywhere
-    neighbors: Tensor,           # N×K int64, for the check
-    optimizer: torch.optim.Optimizer,  # of the model
-    *, result: ClusteringModel|None = None,  # what the stage gives; None: the model itself
-    stop: bool = False,          # end as soon as an epoch made it worse; else look at the end
-    tolerance: float = .015,     # see `got_worse`
-    health: Callable|None = None,   # function(model) -> dict; None: `clustering_health` of the first head
-    monitor: Callable|None = None,  # function(epoch) -> dict, added to each row
-    modules: Iterable = (),      # what else has a state that a checkpoint must hold
-    **options,                   # of `train`: epochs, batch_size, generator, schedule, checkpoint, progress
-) -> StageResult:
-    "Run a stage and watch its health: when it did harm, the model has its old weights back."
-    health = health or (lambda model: clustering_health(logits_of(model, images), neighbors))
-    old, before, result = copy.deepcopy(model.state_dict()), health(model), result or model
-    def watch(epoch):
-        seen = health(result)
-        why = got_worse(before, seen, tolerance) if stop else ''
-        return seen | (monitor and monitor(epoch) or {}) | ({'stop': why} if why else {})
-    modules = [model, *([] if result is model else [result]), *modules]
-    history = train(step, len(images), optimizer, modules=modules, monitor=watch, **options)
-    model.load_state_dict(result.state_dict())
-    return StageResult._judged(model.eval(), old, before, history, tolerance)
-
-# %% ../nbs/09_scan.ipynb #b90c0010
-class Pairs:
-    "The neighbors in use. When they are mined anew on the way, a checkpoint must hold them."
-    def __init__(self,
-        neighbors: Tensor,  # N×K int64, on the CPU
-        every: int = 0,     # epochs between two minings; 0: never
-        mine: Callable = mine_neighbors,  # function(embeddings N×D, K) -> N×K int64
-    ):
-        if every < 0: raise UserError(f'remine_every is {every}: give a number of epochs, 0 for never')
-        self.neighbors, self.every, self.mine = neighbors, every, mine
-    def after(self, epoch, model, images): # mines at the end of every epoch that is due
-        if not self.every or epoch % self.every: return
-        z, (_, k), device = embed(model, images), self.neighbors.shape, next(model.parameters()).device
-        self.neighbors = self.mine(z.to(device), k).cpu()
-        check_neighbors(z, self.neighbors, 2)
-    def state_dict(self): return dict(neighbors=self.neighbors)
-    def load_state_dict(self, state): self.neighbors = state['neighbors']
-
-# %% ../nbs/09_scan.ipynb #b90c0011
-def _best_health(model, images, neighbors, loss):
-    "`clustering_health` of the head with the lowest loss over all pairs; `head`: which of several."
-    logits = logits_of(model, images, head=None)
-    if len(logits) == 1: return clustering_health(logits[0], neighbors, **loss)
-    best = validate_scan(logits, neighbors, **loss).total.argmin().item()
-    return clustering_health(logits[best], neighbors, **loss) | dict(head=best)
-
-# %% ../nbs/09_scan.ipynb #7ab05b09
-def _scan_step(model, images, pairs, augment, loss, head_only, generator):
-    "One step of SCAN for `train`: the sum of the heads' losses."
-    device = next(model.train().parameters()).device
-    views = Views(augment, images, device)
-    if head_only: model.backbone.eval()
-    def classify(x):
-        if not head_only: return model(x)
-        with torch.no_grad(): features = model.embed(x)
-        return model.cluster_head(features)
-    def prepare(indices):
-        partners = random_partners(pairs.neighbors, indices, generator)
-        return views.draw(torch.cat([indices, partners]), generator)
-    def compute(batch):
-        with autocast(device, model): logits = classify(views.render(batch))
-        total, consistency, entropy = scan_loss(*(gather(x, 1) for x in logits.chunk(2, 1)), **loss)
-        return dict(loss=total.sum(), consistency=consistency.mean(), entropy=entropy.mean())
-    return Step(prepare, compute, device)
-
-# %% ../nbs/09_scan.ipynb #b90c0014
-def _scan_inputs(model, images, neighbors, remine_every, mine, entropy_weight, prior, seed):
-    "The pairs in use, and the settings of the loss. Raises UserError for what does not fit."
-    n_clusters, device = model.cluster_head.weight.shape[-1], next(model.parameters()).device
-    check_neighbors(images, neighbors, n_clusters)
-    prior = find_prior(prior, n_clusters, lambda: embed(model, images), seed)
-    prior = None if prior is None else prior.to(device)
-    return Pairs(neighbors.cpu(), remine_every, mine), dict(entropy_weight=entropy_weight, prior=prior)
-
-# %% ../nbs/09_scan.ipynb #b90c0013
-def _run_scan(model, images, seen, pairs, augment, loss, head_only, seed, optimizer, schedule, adam, *,
-              epochs, batch_size, monitor=None, **options):
-    "The stage under watch; of several heads the model keeps the best. UserError for a foreign schedule."
-    if schedule is not None and getattr(schedule, 'optimizer', optimizer) is not optimizer:
-        raise UserError('The schedule belongs to another optimizer: give both, the schedule made for it.')
-    trained, given, g = model.cluster_head if head_only else model, pairs.neighbors, make_generator(seed)
-    optimizer = optimizer or torch.optim.Adam(trained.parameters(), **adam)
-    def health(model): return _best_health(model, seen, given, loss)
-    def after(epoch):
-        pairs.after(epoch, model, seen)
-        return monitor and monitor(epoch)
-    result = train_checked(
-        model, _scan_step(model, images, pairs, augment, loss, head_only, g), images, given, optimizer,
-        health=health, monitor=after, modules=[pairs] if pairs.every else [], epochs=epochs, generator=g,
-        schedule=schedule or CosineSchedule(optimizer, epochs*steps_per_epoch(len(images), batch_size)),
-        batch_size=batch_size, **options)
-    if len(model.cluster_head.weight) > 1:
-        with seeded(seed): model.select(health(model)['head'])
-    return result
-
-# %% ../nbs/09_scan.ipynb #40c2fd25
-def train_scan(
-    model: ClusteringModel,        # trained in place, on its device; of several heads the best is kept
-    images: Tensor,                # N×C×H×W, anywhere
-    neighbors: Tensor,             # N×K int64
-    augment: Callable,             # (images, generator) -> a view of each; judged is the middle of its size
-    *, epochs: int = 50,           # passes over the data
-    batch_size: int = 128,         # anchors per update; several times the number of clusters
-    lr: float = 1e-4,              # of Adam, falling along a cosine (constant in the paper)
-    weight_decay: float = 1e-4,    # of Adam
-    entropy_weight: float = 5.,    # λ
-    prior: Tensor|str|None = None, # C class sizes expected, or 'estimate'; None: all equal
-    optimizer: torch.optim.Optimizer|None = None,  # ready-made, in place of Adam
-    schedule: CosineSchedule|None = None,  # ready-made, of that optimizer
-    head_only: bool = False,       # the backbone stays as it is, in eval mode (ImageNet in the paper)
-    remine_every: int = 0,         # epochs after which neighbors are mined anew from its features; 0: never
-    mine: Callable = mine_neighbors,  # how: function(embeddings, K) -> N×K
-    seed: int = 0,                 # of batches, partners and views
-    **options,                     # monitor, checkpoint, progress: see `train_checked`
-) -> StageResult:
-    "The clustering step on the whole network (SCAN, section 2.2). Raises UserError for foreign neighbors."
-    seen = as_seen(images, augment)
-    pairs, loss = _scan_inputs(model, seen, neighbors, remine_every, mine, entropy_weight, prior, seed)
-    adam = dict(lr=lr, weight_decay=weight_decay)
-    return _run_scan(model, images, seen, pairs, augment, loss, head_only, seed, optimizer, schedule, adam,
-                     epochs=epochs, batch_size=batch_size, **options)

@@ -17,8 +17,9 @@ from .training import CosineSchedule, autocast, make_generator
 from .distributed import gather
 from .ahead import Step, Views
 from .neighbors import as_seen, embed
-from .scan import StageResult, check_neighbors, clustering_health, find_prior, logits_of
-from .scan import mean_entropy, train_checked
+from .class_sizes import find_prior
+from .scan import check_neighbors, clustering_health, logits_of, mean_entropy
+from .whole_network import StageResult, train_checked
 
 # %% ../nbs/10_selflabel.ipynb #67ff5244
 def confident_labels(

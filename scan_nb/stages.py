@@ -7,7 +7,8 @@ __all__ = ['LABELS', 'TRAINERS', 'RUN', 'format_scores', 'Stage', 'find_pairs', 
            'run_stages', 'estimate_seconds']
 
 # %% ../nbs/12_stages.ipynb #12000004
-import re, time
+import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/12_stages.ipynb #12000014
 from .checkpoints import load_weights
+from .class_sizes import find_prior
 from .consensus import train_consensus
 from .data import ImageSet, UserError
 from .datasets import cache_dir, fingerprint_images
@@ -30,11 +32,11 @@ from .neighbors_fast import mine_neighbors, score_neighbors, weighted_knn
 from .recipes import (PretextRecipe, Recipe, ScanRecipe, SelfLabelRecipe, StageRecipe, change,
                              make_views)
 from .run_folder import Outcome, check_folder, make_model, make_normalize, open_folder
-from .scan import (check_neighbors, clustering_health, diagnose, find_prior, logits_of, train_heads,
-                          train_scan)
+from .scan import check_neighbors, clustering_health, diagnose, logits_of, train_heads
 from .selflabel import train_selflabel
 from .simclr import train_simclr
 from .training import Checkpoint, make_generator, make_optimizer, make_schedule, seeded, tune
+from .whole_network import train_scan
 
 # %% ../nbs/12_stages.ipynb #12000024
 class _StepCheckpoint(Checkpoint):

@@ -19,11 +19,12 @@ from scan_nb.moco import MoCo, moco_step, shuffled_keys
 from scan_nb.neighbors import embed, embed_views
 from scan_nb.recipe_files import to_yaml
 from scan_nb.recipes import PretextRecipe, Recipe, ScanRecipe, SelfLabelRecipe
-from scan_nb.scan import Pairs, _scan_step, logits_of, train_heads
+from scan_nb.scan import logits_of, train_heads
 from scan_nb.selflabel import EMA, _step
 from scan_nb.simclr import simclr_step, train_simclr
 from scan_nb.stages import LABELS
 from scan_nb.training import Checkpoint, CosineSchedule, make_generator, seeded
+from scan_nb.whole_network import Pairs, _scan_step
 from shell import serve, two, without_figures
 from torch import nn
 from torch.nn import functional as F

@@ -10,11 +10,12 @@ from scan_nb.neighbors import unit_rows
 from scan_nb.neighbors_fast import mine_neighbors
 from scan_nb.pipeline import SCAN
 from scan_nb.recipe_files import PRESETS
-from scan_nb.scan import Pairs, _heads_step, _picker, _scan_step, train_heads, validate_scan
+from scan_nb.scan import _heads_step, _picker, train_heads, validate_scan
 from scan_nb.selflabel import EMA, _step
 from scan_nb.simclr import simclr_step
 from scan_nb.training import make_generator, make_optimizer, seeded, update
 from scan_nb.views import SimCLRAugment, StrongAugment, WeakAugment
+from scan_nb.whole_network import Pairs, _scan_step
 
 if not torch.cuda.is_available(): pytest.skip('no GPU', allow_module_level=True)
 

@@ -11,7 +11,7 @@ from test_stages import (HOMES, OTHER, TINY, Killed, content, die_at_every_write
 from shell import forked
 from torch.nn import functional as F
 from scan_nb import moco, recipes, report, run_folder, selflabel, simclr, stages, training
-from scan_nb import scan as scan_lesson
+from scan_nb import scan as scan_lesson, whole_network
 from scan_nb.data import ImageSet, UserError, digits
 from scan_nb.evaluate import cluster_metrics, kmeans_baseline
 from scan_nb.neighbors_fast import mine_neighbors
@@ -752,6 +752,6 @@ def test_what_differs_on_a_cpu_is_in_the_recipe(data):
     assert tiny(recipe=recipe, n_clusters=5).fit(data).recipe_.n_clusters == 5
 
 def test_no_training_function_takes_labels():
-    for train in (simclr.train_simclr, moco.train_moco, scan_lesson.train_heads, scan_lesson.train_scan,
+    for train in (simclr.train_simclr, moco.train_moco, scan_lesson.train_heads, whole_network.train_scan,
                   selflabel.train_selflabel, mine_neighbors):
         assert not {'labels', 'y', 'targets'} & inspect.signature(train).parameters.keys()

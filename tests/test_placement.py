@@ -13,12 +13,13 @@ from scan_nb.models import (ClusteringModel, ContrastiveModel, resnet18_cifar, r
 from scan_nb.moco import MoCo, moco_step, shuffled_keys
 from scan_nb.neighbors import embed, embed_views, mutual_neighbors, unit_rows
 from scan_nb.neighbors_fast import mine_neighbors
-from scan_nb.scan import (Pairs, _heads_step, _picker, _scan_step, head_agreement, logits_of, mean_entropy,
-                          scan_loss, validate_scan)
+from scan_nb.scan import (_heads_step, _picker, head_agreement, logits_of, mean_entropy, scan_loss,
+                          validate_scan)
 from scan_nb.selflabel import EMA, _step, confident_cross_entropy
 from scan_nb.ahead import take
 from scan_nb.simclr import nt_xent, simclr_step
 from scan_nb.training import make_generator, tune
+from scan_nb.whole_network import Pairs, _scan_step
 from torch import nn
 from torch._subclasses.fake_tensor import (DataDependentOutputException, FakeTensor, FakeTensorMode,
                                            unset_fake_temporarily)

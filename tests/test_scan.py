@@ -5,19 +5,14 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import normalized_mutual_info_score
 from scan_nb import scan
-from scan_nb.views import SimCLRAugment
 from scan_nb.data import UserError, digits
 from scan_nb.evaluate import cluster_metrics, label_free_metrics
 from scan_nb.models import ClusterHeads, ClusteringModel, small_resnet
-from scan_nb.neighbors import embed
 from scan_nb.neighbors_fast import mine_neighbors
 from scan_nb.scan import (
     choose_head,
     clustering_health,
     diagnose,
-    estimate_prior,
-    find_prior,
-    got_worse,
     head_agreement,
     logits_of,
     mean_entropy,
@@ -25,11 +20,10 @@ from scan_nb.scan import (
     scan_loss,
     temi_loss,
     train_heads,
-    train_scan,
     unstandardize,
     validate_scan,
 )
-from scan_nb.training import Checkpoint, CosineSchedule, make_generator
+from scan_nb.training import make_generator
 
 
 def reference(a, b, weight):
@@ -367,88 +361,6 @@ def test_advice_fits_the_cause():
     assert 'lower' not in diagnose(collapsed, 10, 0.0)
 
 
-def test_got_worse():
-    before = dict(effective_clusters=10.0, balance=1.0, agreement=0.9)
-    assert got_worse(before, before) == ''
-    fewer = before | dict(effective_clusters=9.0)
-    assert got_worse(before, fewer) == ''  # as uneven as the prior says
-    assert 'effective clusters fell' in got_worse(before, fewer | dict(balance=0.9))
-    assert 'agreement of neighbors fell' in got_worse(before, before | dict(agreement=0.8))
-
-
-@pytest.fixture(scope='module')
-def small():
-    "A few digits, a tiny network, pixel neighbors."
-    ds = digits()[:200]
-    torch.manual_seed(0)
-    model = ClusteringModel(small_resnet(1, (8, 16)), 10)
-    views = SimCLRAugment(8, scale=(0.8, 1.2), flip_p=0.0)
-    return ds.images, mine_neighbors(ds.images.flatten(1).float(), 5), model, views
-
-
-def test_stage_is_deterministic_and_resumes_to_the_bit(small, tmp_path):
-    images, neighbors, model, views = small
-    options = dict(batch_size=50, lr=1e-3, seed=1)
-    whole, first = copy.deepcopy(model), copy.deepcopy(model)
-    a = train_scan(whole, images, neighbors, views, epochs=3, **options)
-
-    class Killed(Exception):
-        pass
-
-    def kill(epoch):
-        if epoch == 3:
-            raise Killed
-        return {}
-
-    with pytest.raises(Killed):
-        train_scan(
-            first,
-            images,
-            neighbors,
-            views,
-            epochs=3,
-            checkpoint=Checkpoint(tmp_path / 'scan.pt'),
-            monitor=kill,
-            **options,
-        )
-    again = copy.deepcopy(model)
-    b = train_scan(
-        again, images, neighbors, views, epochs=3, checkpoint=Checkpoint(tmp_path / 'scan.pt'), **options
-    )
-    for x, y in zip(whole.state_dict().values(), again.state_dict().values()):
-        assert torch.equal(x, y)
-    assert a.history == b.history and a.kept == b.kept and not whole.training
-
-
-def test_stage_that_ruins_the_clusters_gives_them_back(small):
-    images, neighbors, model, views = small
-    z, ruined = embed(model, images), copy.deepcopy(model)
-    trained = train_heads(z, mine_neighbors(z, 5), 10, n_heads=4, epochs=20, batch_size=100)
-    ruined.cluster_head = trained.heads
-    old = copy.deepcopy(ruined.select(trained.best).state_dict())
-    result = train_scan(
-        ruined, images, mine_neighbors(z, 5), views, epochs=2, batch_size=50, lr=1.0, entropy_weight=0.0
-    )
-    assert not result.kept
-    for x, y in zip(old.values(), ruined.state_dict().values()):
-        assert torch.equal(x, y)
-
-
-def test_large_images_are_judged_in_the_size_of_their_views(small):
-    images, neighbors, model, views = small
-    large, trained, sizes = torch.nn.functional.pad(images, (3, 3, 2, 2)), copy.deepcopy(model), set()
-    trained.register_forward_pre_hook(lambda module, x: sizes.add(tuple(x[0].shape[2:])))
-    options = dict(epochs=1, batch_size=50, lr=0., prior='estimate', remine_every=1)
-    train_scan(trained, large, neighbors, views, **options)
-    assert sizes == {(8, 8)}
-
-
-def test_stage_refuses_foreign_neighbors(small):
-    images, neighbors, model, views = small
-    with pytest.raises(UserError, match='do not belong to 100 images'):
-        train_scan(copy.deepcopy(model), images[:100], neighbors, views, epochs=1)
-
-
 # ---- a prior in place of equal sizes
 
 
@@ -509,36 +421,12 @@ def test_validation_and_health_know_the_prior(blobs):
     assert clustering_health(sure, neighbors, prior=prior)['val_loss'] == pytest.approx(loss.total.item())
 
 
-@pytest.mark.parametrize(
-    'wrong',
-    ['guess', [1, 2], torch.ones(4), torch.tensor([1, 1, 0.0]), torch.tensor([1, math.nan, 1]), [[1, 1, 1]]],
-)
-def test_wrong_priors(wrong):
-    with pytest.raises(UserError, match="prior must be 'estimate' or 3 class sizes above 0"):
-        find_prior(wrong, 3, None)
-
-
-def test_prior_in_numbers():
-    assert find_prior(None, 3, None) is None
-    torch.testing.assert_close(find_prior([6, 3, 1], 3, None), torch.tensor([0.6, 0.3, 0.1]))
-    assert find_prior(np.array([1.0, 1.0]), 2, None).tolist() == [0.5, 0.5]
-
-
 @pytest.fixture(scope='module')
 def uneven(blobs):
     "80, 40, 20, 10 and 5 points in five separate groups."
     z = draw(0, 5, 8, scale=5.0).repeat_interleave(torch.tensor([80, 40, 20, 10, 5]), 0)
     z = z + draw(1, 155, 8, scale=0.3)
     return z, mine_neighbors(z, 4), torch.arange(5).repeat_interleave(torch.tensor([80, 40, 20, 10, 5]))
-
-
-def test_sizes_of_separate_groups_are_found_without_labels(uneven):
-    z, _, labels = uneven
-    found = estimate_prior(z[torch.randperm(155, generator=make_generator(0))], 5)
-    torch.testing.assert_close(found, labels.bincount() / 155)
-    assert estimate_prior(torch.eye(6).repeat(2, 1), 6).tolist() == pytest.approx([1 / 6] * 6)
-    outlier = torch.cat([z[:80], -100 * torch.ones(1, 8)])
-    assert estimate_prior(outlier, 2)[1] == pytest.approx(0.05 / (0.05 + 80 / 81))
 
 
 def test_heads_with_a_prior_find_groups_of_unequal_size(uneven):
@@ -585,135 +473,10 @@ def test_views_of_other_embeddings(blobs):
             train_heads(z, neighbors, 5, views=wrong, n_heads=1, epochs=1)
 
 
-# ---- switches of the stage
-
-
-def several(model, n_heads=3):
-    torch.manual_seed(1)
-    many = ClusteringModel(copy.deepcopy(model.backbone), 10, n_heads)
-    return many
-
-
-def test_head_only_leaves_the_backbone_alone(small):
-    images, neighbors, model, views = small
-    trained = several(model, 1)
-    before = copy.deepcopy(trained.state_dict())
-    train_scan(trained, images, neighbors, views, epochs=2, batch_size=50, lr=1e-2, head_only=True)
-    for name, x in trained.state_dict().items():
-        assert torch.equal(x, before[name]) == name.startswith('backbone'), name
-    assert all(p.grad is None and p.requires_grad for p in trained.backbone.parameters())
-    sgd = torch.optim.SGD(trained.parameters(), lr=0.1, weight_decay=0.1)
-    train_scan(trained, images, neighbors, views, epochs=1, batch_size=50, head_only=True, optimizer=sgd)
-    assert all(torch.equal(x, before[n]) for n, x in trained.state_dict().items() if n.startswith('backbone'))
-
-
-def test_of_several_heads_the_best_stays(small):
-    images, neighbors, model, views = small
-    trained, seen = several(model), []
-    def look(epoch):
-        seen.append(validate_scan(logits_of(trained, images, head=None), neighbors).total)
-    result = train_scan(trained, images, neighbors, views, epochs=2, batch_size=50, lr=1e-2, monitor=look,
-                        tolerance=2.0)
-    assert result.kept and trained.cluster_head.weight.shape[0] == 1 and not trained.training
-    assert result.history[-1]['head'] == seen[-1].argmin()
-    assert result.history[-1]['val_loss'] == pytest.approx(seen[-1].min().item(), abs=1e-4)
-    left = validate_scan(logits_of(trained, images), neighbors).total
-    assert left.item() == pytest.approx(seen[-1].min().item(), abs=1e-4)
-
-
-def test_several_heads_that_were_ruined_give_the_best_of_before(small):
-    images, neighbors, model, views = small
-    trained, start = several(model), several(model)
-    losses = validate_scan(logits_of(start, images, head=None), neighbors).total
-    result = train_scan(trained, images, neighbors, views, epochs=1, batch_size=50, tolerance=-9.0)
-    assert not result.kept
-    assert torch.equal(trained.cluster_head.weight[0], start.cluster_head.weight[losses.argmin()])
-
-
-def test_all_logits(small):
-    images, _, model, _ = small
-    many = several(model)
+def test_all_logits():
+    images, many = digits()[:200].images, ClusteringModel(small_resnet(1, (8, 16)), 10, 3)
     every = logits_of(many, images, 64, head=None)
     assert every.shape == (3, 200, 10)
     for head in range(3):
         torch.testing.assert_close(logits_of(many, images, head=head), every[head])
     assert torch.equal(logits_of(many, images), logits_of(many, images, head=0))
-
-
-def test_ready_made_optimizer_and_schedule(small):
-    images, neighbors, model, views = small
-    options = dict(epochs=2, batch_size=50, seed=1)
-    ours, theirs = several(model, 1), several(model, 1)
-    train_scan(ours, images, neighbors, views, lr=1e-3, **options)
-    adam = torch.optim.Adam(theirs.parameters(), 1e-3, weight_decay=1e-4)
-    train_scan(theirs, images, neighbors, views, optimizer=adam, **options)
-    assert all(torch.equal(x, y) for x, y in zip(ours.state_dict().values(), theirs.state_dict().values()))
-    sgd = torch.optim.SGD(theirs.parameters(), 0.01)
-    constant = CosineSchedule(sgd, 8, final=1.0)
-    rows = train_scan(theirs, images, neighbors, views, optimizer=sgd, schedule=constant, **options).history
-    assert [row['lr'] for row in rows] == [0.01, 0.01] and constant.t == 8
-    for wrong in (None, adam):
-        with pytest.raises(UserError, match='belongs to another optimizer'):
-            train_scan(theirs, images, neighbors, views, optimizer=wrong, schedule=constant, **options)
-
-
-def test_neighbors_are_mined_anew_when_due(small):
-    images, neighbors, model, views = small
-    calls = []
-
-    def mine(z, k):
-        calls.append(z)
-        return mine_neighbors(z, k)
-
-    trained, states = several(model, 1), []
-    train_scan(trained, images, neighbors, views, epochs=5, batch_size=50, lr=1e-3, remine_every=2, mine=mine,
-               monitor=lambda epoch: states.append(embed(trained, images)), tolerance=2.0)
-    assert len(calls) == 2
-    torch.testing.assert_close(calls[0], states[1])
-    torch.testing.assert_close(calls[1], states[3])
-    plain, later = several(model, 1), several(model, 1)
-    options = dict(batch_size=50, lr=1e-3, tolerance=2.0)
-    a = train_scan(plain, images, neighbors, views, epochs=3, **options).history
-    b = train_scan(later, images, neighbors, views, epochs=3, remine_every=2, **options).history
-    assert a[:2] == b[:2] and a[2] != b[2]
-    with pytest.raises(UserError, match='remine_every is -1'):
-        train_scan(plain, images, neighbors, views, remine_every=-1)
-    with pytest.raises(UserError, match='do not belong'):
-        wrong = dict(epochs=1, remine_every=1, mine=lambda z, k: z[:, :k].long() - 9)
-        train_scan(plain, images, neighbors, views, **wrong)
-
-
-def test_mined_neighbors_and_heads_resume_to_the_bit(small, tmp_path):
-    images, neighbors, model, views = small
-    options = dict(epochs=4, batch_size=50, lr=1e-2, seed=1, remine_every=2, prior='estimate', tolerance=2.0)
-    whole, first, again = several(model), several(model), several(model)
-    a = train_scan(whole, images, neighbors, views, **options)
-    checkpoint = dict(checkpoint=Checkpoint(tmp_path / 'scan.pt'))
-
-    def kill(epoch):
-        if epoch == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train_scan(first, images, neighbors, views, monitor=kill, **checkpoint, **options)
-    b = train_scan(again, images, neighbors, views, **checkpoint, **options)
-    finished = several(model)
-    c = train_scan(finished, images, neighbors, views, **checkpoint, **options)
-    for trained, result in ((again, b), (finished, c)):
-        assert result.history == a.history
-        for x, y in zip(whole.state_dict().values(), trained.state_dict().values(), strict=True):
-            assert torch.equal(x, y)
-
-@pytest.mark.parametrize('scale', [1., 30., 200.])
-def test_the_loop_over_pairs_is_the_stream(scale):
-    g = torch.Generator().manual_seed(0)
-    logits, near = scale*torch.randn(500, 7, generator=g), torch.randint(500, (500, 6), generator=g)
-    lse, losses = logits.logsumexp(-1), torch.empty(500, dtype=torch.float64)
-    p = (logits - lse[:, None]).exp()
-    scan.in_threads(scan._pair_losses, 500, p, logits, lse, near, losses)
-    pairs, mean = scan._stream_pairs(logits, lse, near, 100)
-    log_p = logits.double().log_softmax(-1)
-    exact = -(log_p[:, None] + log_p[near]).logsumexp(-1)
-    torch.testing.assert_close(losses, exact.sum(1), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(pairs, exact.sum(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(mean, log_p.exp().mean(0), rtol=1e-5, atol=1e-7)

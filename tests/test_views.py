@@ -13,9 +13,10 @@ import test_placement
 from scan_nb import augment as lesson, augment_fast as fast, views
 from scan_nb.augment import to_float
 from scan_nb.moco import MoCo, moco_step
-from scan_nb.scan import Pairs, _heads_step, _picker, _scan_step
+from scan_nb.scan import _heads_step, _picker
 from scan_nb.selflabel import EMA, _step
 from scan_nb.simclr import simclr_step
+from scan_nb.whole_network import Pairs, _scan_step
 from test_augment import generator, images, plain
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
