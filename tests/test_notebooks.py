@@ -156,6 +156,25 @@ def test_a_lesson_can_be_read_in_one_sitting(path):
     lines = (ROOT/'scan_nb'/f'{module(path)}.py').read_text().count('\n')
     assert len(read(path).cells) <= 110 and lines <= 600 and reading(read(path)) <= 40
 
+TAUGHT = [p for p in notebooks() if room(p.stem) < LAST and p.stem != 'benchmarks'
+          and 'Engine room: skip' not in p.read_text(encoding='utf-8')]   # lessons, those with a letter too
+
+@pytest.mark.parametrize('path', TAUGHT, ids=lambda p: p.stem)
+def test_a_picture_comes_before_formulas_and_soon(path):
+    cells = read(path).cells
+    pictures = [i for i, c in enumerate(cells) if any('image/' in k for o in c.get('outputs', [])
+                                                      for k in o.get('data', {}))]
+    formulas = [i for i, c in enumerate(cells) if c.cell_type == 'markdown' and '$$' in c.source]
+    before = [c for c in cells[:pictures[0]] if c.cell_type == 'code' and 'default_exp' not in directives(c)]
+    assert len(before) < 5 and min(formulas, default=len(cells)) > pictures[0]
+
+@pytest.mark.parametrize('path', TAUGHT, ids=lambda p: p.stem)
+def test_each_exercise_has_a_solution(path):
+    text, = (c.source.split('## Exercises\n')[1] for c in read(path).cells if '## Exercises\n' in c.source)
+    asked, told = text.split('<details><summary>Solutions</summary>')
+    asked, told = (re.findall(r'^(\d+)\.', part, re.M) for part in (asked, told))
+    assert 2 <= len(asked) <= 4 and asked == told and text.rstrip().endswith('</details>')
+
 @each_notebook
 def test_exports_the_module_of_its_name(path):
     named = [d['default_exp'].strip() for c in code_cells(path) if 'default_exp' in (d := directives(c))]
