@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import normalized_mutual_info_score
 
-from scan_nb.consensus import assignments, imitate, join_heads, train_consensus
+from scan_nb.consensus import assignments, imitate, join_votes, train_consensus
 from scan_nb.data import UserError, digits
 from scan_nb.evaluate import cluster_metrics
 from scan_nb.models import ClusterHeads
@@ -45,7 +45,7 @@ def test_assignments_of_many_images_are_those_of_each():
     heads, z = ClusterHeads(3, 2, 2), torch.randn(2**14 + 5, 3)
     torch.testing.assert_close(assignments(heads, z)[-9:], assignments(heads, z[-9:]))
 
-def test_join_heads_outvotes_and_knows_no_names():
+def test_join_votes_outvotes_and_knows_no_names():
     "Heads that call the clusters otherwise, each wrong somewhere; those with a high loss have no vote."
     rng = np.random.default_rng(0)
     labels, wrong = torch.arange(60) % 3, rng.permutation(60)[:15].reshape(5, 3)
@@ -55,8 +55,8 @@ def test_join_heads_outvotes_and_knows_no_names():
     order = torch.tensor(rng.permutation(20))
     losses = torch.tensor([-9.]*5 + [-8.]*15)[order]
     rows = F.one_hot(torch.stack(said)[order].T, 3).float().flatten(1)
-    assert normalized_mutual_info_score(join_heads(rows, losses, 3), labels) == 1
-    assert normalized_mutual_info_score(join_heads(rows, -losses, 3), labels) < .9
+    assert normalized_mutual_info_score(join_votes(rows, losses, 3), labels) == 1
+    assert normalized_mutual_info_score(join_votes(rows, -losses, 3), labels) < .9
 
 def test_imitate_is_logistic_regression():
     "On labels with some noise, where no line is right for all, both make much the same mistakes."
