@@ -436,7 +436,7 @@ OURS['fashion-mnist'] = FOLDER.change({
 OURS['fashion-mnist best'] = replace(OURS['fashion-mnist'].change({   # two networks; views hide sleeves
     'pretext.views_options': CLOTHES, 'pretext.more_views': [CLOTHES | dict(strip_p=.75)], 'n_networks': 2,
     'backbone_options': dict(widths=(16, 32, 64, 128)), 'pretext.epochs': 8, 'pretext.n_neighbors': 50,
-    'pretext.whiten': .5, 'scan.head_choice': 'consensus', 'scan.epochs': 0}), selflabel=None)
+    'pretext.whiten': .5, 'scan.head_choice': 'both', 'scan.epochs': 0}), selflabel=None)
 
 # %% ../nbs/11_recipes.ipynb #afbbe43c
 FROZEN = FOLDER.change({   # heads on features of a network that others trained

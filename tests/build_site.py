@@ -34,9 +34,12 @@ def spoken(text):
     return re.sub(r'\s+', ' ', re.sub(r'!?\[([^]]*)\]\([^)]*\)|[*`$\\"{}]', r'\1', text)).strip()
 
 def only_imports(code):
-    try: kinds = {type(n) for n in ast.parse(code).body}
+    "Perhaps with how figures and numbers are to look."
+    try: lines = ast.parse(code).body
     except SyntaxError: return False    # a line for the shell
-    return bool(kinds) and kinds <= {ast.Import, ast.ImportFrom}
+    looks = re.compile(r'(\w+\.)?(set_style|set_printoptions)\(')
+    imports = [n for n in lines if isinstance(n, ast.Import | ast.ImportFrom)]
+    return bool(imports) and all(n in imports or looks.match(ast.unparse(n)) for n in lines)
 
 class Notebook:
     "A notebook of the course, and what other pages say of it."
