@@ -103,7 +103,7 @@ LIMITS = {name: (low, high) for low, high, names in (   # what is not here may b
     (2, INF, 'n_clusters pretext.batch_size'),
     (1, 4096, 'size'), (1, MAX_CHANNELS, 'channels'), (1, 8192, 'widths'), (1, 64, 'stem_stride'),
     (1, 65536, 'features_dim'), (1, 10**8, 'queue_size'),
-    (0, 1000, 'n_views'), (1, 2, 'n_networks'), (1, 10_000, 'n_heads tried_heads'),
+    (0, 1000, 'n_views'), (1, 8, 'n_networks'), (1, 10_000, 'n_heads tried_heads'),
     (0, 10**6, 'weight_decay heads_decay entropy_weight'), (1e-6, 10**6, 'std temperature prior white'),
     (0, 2**32 - 1, 'seed'),
 ) for name in names.split()}
@@ -175,7 +175,7 @@ class StageRecipe:
     std: tuple[float, ...]|None = None      # per channel, above 0; None: measured likewise
     backbone: str = 'resnet18'   # see `make_backbone`
     backbone_options: dict = field(default_factory=dict)  # widths and stem_stride of small_resnet; timm's
-    n_networks: int = 1          # two: side by side, each learns features from views of its own
+    n_networks: int = 1          # more: side by side, each learns features from a draw and views of its own
     kind: Literal[('auto', *KINDS)] = 'photographs'  # of pictures, whose views suit; auto: see `find_kind`
     views: Literal['standard', 'simclr', 'ours'] = 'ours' # see VIEWS
     views_options: dict = field(default_factory=dict)     # settings of these views that go before the kind's
@@ -265,7 +265,7 @@ class PretextRecipe(StageRecipe):
     queue_size: int = 65536       # MoCo: keys to compare with
     key_momentum: float = .999    # MoCo: share of the old weights of the slow encoder
     pretrained: str|None = None   # weights of a MoCo v2 checkpoint or a frozen network; None: see there
-    more_views: tuple[dict, ...] = () # settings of the views of the second network
+    more_views: tuple[dict, ...] = () # settings of the views of each network after the first
     n_neighbors: int|None = 20    # K, mined for each training image; None: see `choices`
     n_neighbors_val: int = 5      # mined for each test image
     index: Literal['exact', 'ivf', 'hnsw'] = 'exact'  # how; beyond a million images also by faiss
@@ -433,8 +433,9 @@ OURS['fashion-mnist'] = FOLDER.change({
     'data': 'fashion-mnist', 'test_data': 'fashion-mnist', 'kind': 'silhouettes',
     'pretext.temperature': .2, 'pretext.batch_size': 512, 'pretext.lr': .2, 'scan.batch_size': 512,
     'scan.heads_epochs': 15})
-OURS['fashion-mnist best'] = replace(OURS['fashion-mnist'].change({   # two networks; views hide sleeves
-    'pretext.views_options': CLOTHES, 'pretext.more_views': [CLOTHES | dict(strip_p=.75)], 'n_networks': 2,
+OURS['fashion-mnist best'] = replace(OURS['fashion-mnist'].change({   # four networks; views hide sleeves
+    'pretext.views_options': CLOTHES, 'n_networks': 4,
+    'pretext.more_views': [CLOTHES | dict(strip_p=.75), CLOTHES, CLOTHES | dict(strip_p=.75)],
     'backbone_options': dict(widths=(16, 32, 64, 128)), 'pretext.epochs': 8, 'pretext.n_neighbors': 50,
     'pretext.whiten': .5, 'scan.head_choice': 'both', 'scan.epochs': 0}), selflabel=None)
 

@@ -337,7 +337,7 @@ def names_of_run(
     return cluster_names(folder, metrics.get('names'), len(sizes), file)
 
 # %% ../nbs/12a_report.ipynb #76bd4785
-STAGE_NAMES = {'pretext': 'Features', 'pretext2': 'Features of another network',
+STAGE_NAMES = {'pretext': 'Features', **{f'pretext{i}': f'Features of network {i}' for i in range(2, 9)},
                'neighbors': 'Nearest neighbors',
                'heads': 'Heads on fixed features', 'scan': 'SCAN, the whole network',
                'selflabel': 'Self-labelling', 'compare': 'Map and baselines',

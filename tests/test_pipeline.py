@@ -440,7 +440,7 @@ WRONG = [   # settings of the estimator, or of its recipe, and what is said
         ('backbone', 'resnet9000', 'resnet9000'), ('backbone_options.width', [8], 'width'),
         ('backbone_options.widths', [], 'widths'), ('backbone_options.widths', [8, 0], 'widths'),
         ('backbone_options.widths', 'wide', 'widths'), ('backbone_options.stem_stride', 0, 'stem_stride'),
-        ('n_networks', 3, 'n_networks'), ('pretext.more_views', [{}], 'more_views'),
+        ('n_networks', 9, 'n_networks'), ('pretext.more_views', [{}], 'more_views'),
         ('pretext.setup', 'byol', 'simclr'), ('pretext.pretrained', 'nowhere.pth', 'nowhere.pth'),
         ('pretext.views', 3, r'pretext\.views'), ('pretext.views_options.flip', 0, "no setting 'flip'"),
         ('selflabel.views_options.opz', 1, "no setting 'opz'"), ('pretext.views_options.flip_p', 2, 'flip_p'),

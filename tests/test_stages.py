@@ -14,6 +14,7 @@ from scan_nb.checkpoints import read_weights
 from scan_nb.neighbors import center_crop, embed
 from scan_nb.neighbors_fast import mine_neighbors
 from scan_nb.recipes import FOLDER, PretextRecipe, Recipe
+from scan_nb.report import STAGE_NAMES
 from scan_nb.run_folder import Outcome, open_folder, read_run
 from scan_nb.scan import logits_of, train_heads
 from scan_nb.stages import (estimate_seconds, find_pairs, format_scores, run_pretext, run_scan, run_selflabel,
@@ -644,6 +645,18 @@ def test_two_networks_learn_alone_and_join_their_features(data, recipe, tmp_path
     rest = [run_stages(recipe.change(OTHER), {'all': data}, folder)[1:] for folder in (None, tmp_path)]
     for made, read in zip(*rest, strict=True): assert plain(made.weights) == plain(read.weights)
     assert read_run(tmp_path)[-1].load().backbone.dim == 32
+
+def test_networks_of_the_same_views_differ_by_their_draw(data, recipe, tmp_path):
+    views = recipe.pretext.views_options
+    more = [*OTHER['pretext.more_views'], views]
+    three = recipe.change({'n_networks': 3, 'pretext.more_views': more}).pretext
+    found = run_pretext(three, {'all': data}, None, tmp_path)
+    one, again = (run_pretext(replace(recipe.pretext, seed=recipe.pretext.seed + further), {'all': data})
+                  for further in (0, 10_000))
+    assert found.history['pretext'] == one.history['pretext'] != again.history['pretext']
+    assert found.history['pretext3'] == again.history['pretext']
+    torch.testing.assert_close(found.embeddings[:, 32:], F.normalize(again.embeddings), rtol=0, atol=1e-6)
+    assert (tmp_path/'pretext/simclr/checkpoint-3.pth.tar').exists() and 'pretext3' in STAGE_NAMES
 
 def test_a_kill_in_the_second_network_spares_the_first(data, recipe, tmp_path, monkeypatch):
     real, count = training.train_epoch, []
