@@ -129,8 +129,8 @@ OWN = {   # preset: where it differs from the defaults
     'fashion-mnist best': FASHION | everywhere(n_networks=4,
                                                backbone_options=dict(widths=(16, 32, 64, 128))) | {
         'pretext.views_options': PARTLY, 'pretext.more_views': (MOSTLY, PARTLY, MOSTLY),
-        'pretext.epochs': 8, 'pretext.n_neighbors': 50, 'pretext.whiten': .5, 'scan.head_choice': 'both',
-        'scan.epochs': 0},
+        'pretext.epochs': 8, 'pretext.n_neighbors': 50, 'pretext.whiten': .5, 'scan.tried_heads': 192,
+        'scan.head_choice': 'both', 'scan.epochs': 0},
     'aurora': OURS | everywhere(data='aurora', test_data='aurora', n_clusters=4, channels=1, size=96,
                                 kind='photographs', backbone='resnet18', views='simclr',
                                 views_options=SKY, epochs=20) | {
