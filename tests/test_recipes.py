@@ -115,7 +115,6 @@ DIGITS = dict(scale=(.6, 1.4), ratio=(.8, 1.25), flip_p=0, rotation=15, jitter_p
 CLOTHES = dict(scale=(.5, 1.1), ratio=(.95, 1.05), rotation=9, brightness=.6, contrast=.6, jitter_p=1,
                erase=7)
 PARTLY = CLOTHES | dict(scale=(.65, 1.15), ratio=(.9, 1.1), erase=11, tint_p=.8, strip_p=.5)
-MOSTLY = PARTLY | dict(strip_p=.75)
 SKY = dict(scale=(.4, 1), ratio=(.9, 1.1), jitter_p=.8, brightness=.4, contrast=.4, saturation=0, hue=0,
            gray_p=0, rotation=180, disc=True)
 FASHION = OURS | everywhere(data='fashion-mnist', test_data='fashion-mnist', kind='silhouettes') | {
@@ -126,11 +125,11 @@ OWN = {   # preset: where it differs from the defaults
     'digits': OURS | everywhere(data='digits', backbone_options=dict(widths=(32, 64, 128)),
                                 kind='handwriting', views='simclr', views_options=DIGITS, epochs=5) | {
         'pretext.epochs': 60, 'pretext.n_neighbors': 5},
-    'fashion-mnist best': FASHION | everywhere(n_networks=4,
+    'fashion-mnist best': FASHION | everywhere(n_networks=2,
                                                backbone_options=dict(widths=(16, 32, 64, 128))) | {
-        'pretext.views_options': PARTLY, 'pretext.more_views': (MOSTLY, PARTLY, MOSTLY),
-        'pretext.epochs': 8, 'pretext.n_neighbors': 50, 'pretext.whiten': .5, 'scan.tried_heads': 192,
-        'scan.head_choice': 'both', 'scan.epochs': 0},
+        'pretext.views_options': PARTLY, 'pretext.more_views': (PARTLY | dict(strip_p=.75),),
+        'pretext.epochs': 8, 'pretext.n_neighbors': 50, 'pretext.whiten': .5, 'scan.head_choice': 'both',
+        'scan.epochs': 0},
     'aurora': OURS | everywhere(data='aurora', test_data='aurora', n_clusters=4, channels=1, size=96,
                                 kind='photographs', backbone='resnet18', views='simclr',
                                 views_options=SKY, epochs=20) | {
