@@ -44,11 +44,10 @@ def make_model(
     normalize: Normalize,  # its first step
     n_heads: int = 1,      # cluster heads
     n_networks: int|None = None,  # side by side; None: as the recipe has it
-    seed: int|None = None,        # of its weights; None: as the recipe has it
-) -> nn.Module:            # on the CPU
+) -> nn.Module:            # on the CPU, its weights drawn by the seed of the recipe
     "The untrained model of a stage. Raises UserError for an unknown network."
     r = recipe
-    with seeded(r.seed if seed is None else seed):
+    with seeded(r.seed):
         def one():
             kind, _, name = r.backbone.partition(':')
             if kind == 'frozen': return make_frozen(name)

@@ -8,7 +8,6 @@ __all__ = ['LABELS', 'TRAINERS', 'RUN', 'format_scores', 'Stage', 'find_pairs', 
 
 # %% ../nbs/12_stages.ipynb #12000004
 import re
-import string
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -182,21 +181,19 @@ class Stage:
             return {'acc': cluster_metrics(logits_of(model, images).argmax(1), data.labels)['acc']}
         return knn if self.recipe.stage == 'pretext' else acc
 
-    def train(self, step, trainer, model, *data, learns=None, seed=None, **options): # what it gives, seconds
+    def train(self, step, trainer, model, images, *inputs, learns=None, **options): # what it gives, seconds
         r, cuda, shape = self.recipe, self.device.type == 'cuda', '×'.join(map(str, self.shape))
-        number = step.lstrip(string.ascii_lowercase)   # of a network that learns beside the first
-        file = self.folder and self.path/f"checkpoint{number and f'-{number}'}.pth.tar"
+        file = self.folder and self.path/f"{'-'.join(['checkpoint', *re.findall('[0-9]+', step)])}.pth.tar"
         saved = _StepCheckpoint(file, self.history, step) if self.folder else None
         done = len((Checkpoint(file).load() or {}).get('history', [])) if saved else 0
         where = f'continues after epoch {done} of' if done else 'begins:'
         how = (r.precision if cuda else 'float32') + ', compiled'*(cuda and r.compile)
-        self.say(f'{self.name} {where} {r.epochs} epochs, {len(data[0]):,} images of {shape}, '
+        self.say(f'{self.name} {where} {r.epochs} epochs, {len(images):,} images of {shape}, '
                  f'on {self.device} in {how}')
         begun, optimizer = time.monotonic(), make_optimizer(r, (learns or model).parameters())
-        found = trainer(model, *data, epochs=r.epochs, batch_size=r.batch_size,
-                        seed=r.seed if seed is None else seed, optimizer=optimizer,
-                        schedule=make_schedule(r, optimizer, len(data[0])), monitor=self.watch(model),
-                        checkpoint=saved, progress=self.bar(self.name), **options)
+        found = trainer(model, images, *inputs, epochs=r.epochs, batch_size=r.batch_size, optimizer=optimizer,
+                        schedule=make_schedule(r, optimizer, len(images)), monitor=self.watch(model),
+                        checkpoint=saved, progress=self.bar(self.name), **dict(seed=r.seed) | options)
         return found, time.monotonic() - (saved.begun if saved else begun)
 
     def note(self, step, history, kept, reason, seconds):
@@ -241,8 +238,8 @@ def _learn_features(stage): # a trained ContrastiveModel, on the device
     normalize, trainer = make_normalize(r, images=data.images), TRAINERS[r.setup]
     queue = {} if r.setup == 'simclr' else dict(queue_size=r.queue_size, key_momentum=r.key_momentum)
     for i, options in enumerate(views := (r.views_options, *r.more_views)):
-        step, seed = f"pretext{i + 1 if i else ''}", r.seed + 10_000*views[:i].count(options)
-        model = make_model(r, stage.shape, normalize, n_networks=1, seed=seed).to(stage.device)
+        step, seed = f"pretext{i + 1 if i else ''}", (r.seed + 10_000*views[:i].count(options)) % 2**32
+        model = make_model(replace(r, seed=seed), stage.shape, normalize, n_networks=1).to(stage.device)
         nets.append(tune(model, r.precision, r.compile))
         rows, seconds = stage.train(step, trainer, model, data.images, stage.views(options), seed=seed,
                                     temperature=r.temperature, **queue)
