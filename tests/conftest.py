@@ -1,13 +1,26 @@
 "What several test files need."
+import gc
+import os
+import shutil
 import sys
 import pytest
-import torch
 from xdist.scheduler import LoadScopeScheduling
 
 sys.modules.setdefault('rfc3987_syntax', None)   # a grammar of addresses; jsonschema can do without
 
 LONG = ('test_pipeline', 'test_stages', 'test_cli', 'test_distributed', 'test_faults', 'test_matrix',
-        'test_benchmarks', 'test_site')
+        'test_benchmarks', 'test_site', 'test_views', 'test_report', 'test_frozen', 'test_sort')
+
+def pytest_configure():
+    "Temporary files lie in memory where there is plenty of it: no test is about a disk."
+    memory = '/dev/shm'
+    if 'TMPDIR' not in os.environ and os.path.isdir(memory) and shutil.disk_usage(memory).free > 4e9:
+        os.environ['TMPDIR'] = memory
+    gc.disable()   # until all is imported, which is no garbage
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 def pytest_collection_modifyitems(items):
     "Notebooks are executed first, then long files, so that little is left at the end."
@@ -22,6 +35,7 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture(scope='module')
 def one_thread():
     "Nets this small are slower with more."
+    import torch   # here, as the process that hands out the tests needs none
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

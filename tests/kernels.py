@@ -2,6 +2,7 @@
 
 `patch()` makes jupyter_client start kernels in this way. Run as a program, this file is that process: for
 each line `[words, environment, folder]` on stdin it forks a kernel and says its number."""
+import gc
 import importlib
 import json
 import os
@@ -11,8 +12,9 @@ import subprocess
 import sys
 from threading import Lock
 
-IMPORTED = ('ipykernel.kernelapp', 'ipykernel.zmqshell', 'torch', 'torch._dynamo', 'torchvision', 'numba',
-            'matplotlib.figure', 'sklearn.cluster', 'sklearn.datasets', 'sklearn.manifold')
+IMPORTED = ('ipykernel.kernelapp', 'ipykernel.zmqshell', 'ipykernel.debugger', 'torch', 'torch._dynamo',
+            'torchvision', 'numba', 'matplotlib.pyplot', 'sklearn.cluster', 'sklearn.datasets',
+            'sklearn.manifold')
 
 class Kernel:
     "What `subprocess.Popen` is to jupyter_client."
@@ -55,6 +57,8 @@ def become_kernel(words, env, folder):
 if __name__ == '__main__':
     del sys.path[0]   # the folder of this file
     for name in IMPORTED: importlib.import_module(name)
+    sys.modules['numba'].njit(lambda x: x)(1)   # the first program that it compiles takes much longer
+    gc.freeze()   # what is here is no garbage: kernels need not look through it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)   # a kernel that has ended leaves nothing behind
     for line in sys.stdin:
         if pid := os.fork():

@@ -32,7 +32,7 @@ NBS = ROOT/'nbs'
 DIRECTIVE = re.compile(r'^[ \t]*#[ \t]*\|[ \t]*([\w-]+)[ \t]*:?[ \t]*(.*)$', re.M)
 ENV = {'OMP_NUM_THREADS': '1', **os.environ, 'PYTHONHASHSEED': '0',
        'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])),
-       'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
+       'MPLBACKEND': 'module://matplotlib_inline.backend_inline', 'PYDEVD_DISABLE_FILE_VALIDATION': '1'}
 kernels.patch(ENV)
 WORKERS = max(1, min(8, (os.cpu_count() or 1)//int(ENV['OMP_NUM_THREADS'])))
 

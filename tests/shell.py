@@ -6,10 +6,11 @@ from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
-import pytest, torch
+import numba, pytest, torch
 from scan_nb import report
 from scan_nb.cli import main
 
+numba.njit(lambda x: x)(1)   # the first program that it compiles takes much longer
 HERE = Path(__file__).parent
 server = multiprocessing.get_context('forkserver')
 server.set_forkserver_preload(['shell', 'pytest', 'scan_nb.pipeline', 'torch._dynamo', 'matplotlib.pyplot',

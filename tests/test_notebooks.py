@@ -1,6 +1,7 @@
 "Every notebook runs, stores what it shows, and keeps the form of a lesson."
 import ast
 import re
+from functools import cache
 
 import nbformat
 import numpy as np
@@ -12,6 +13,7 @@ from run_notebooks import (NBS, ROOT, TIMES, directives, get_config, notebooks, 
 LOCAL_PATH = re.compile(r'(?<![\w.~-])/(home|root|tmp|work|workspace|mnt|opt|Users|var/folders)/')
 each_notebook = pytest.mark.parametrize('path', notebooks(), ids=lambda p: p.stem)
 
+@cache
 def read(path): return nbformat.read(path, as_version=4)
 
 def code_cells(path): return [c for c in read(path).cells if c.cell_type == 'code']
