@@ -12,11 +12,12 @@ from scan_nb.views import SimCLRAugment
 from scan_nb.data import UserError, digits
 from scan_nb.models import ContrastiveModel, small_resnet
 from scan_nb.ahead import send, take
-from scan_nb.simclr import channels_last, nt_xent, simclr_step, train_simclr
+from scan_nb.simclr import channels_last, digits_model, nt_xent, simclr_step, train_simclr
 from scan_nb.training import Checkpoint, CosineSchedule, StepSchedule, cosine_factor, make_generator, seeded
 from scan_nb.distributed import batches
 from torch import nn
 from torch.nn import functional as F
+from run_notebooks import ROOT
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -378,3 +379,17 @@ def test_a_diverged_run_stops():
     with torch.no_grad(): model.backbone.conv1.weight.fill_(math.nan)
     with pytest.raises(FloatingPointError, match='lower the learning rate'):
         train_simclr(model, IMAGES, AUGMENT, **RECIPE)
+
+def test_digits_from_a_file(tmp_path):
+    "The weights that the course keeps are of such a network; no other file fits."
+    learned = digits_model(epochs=1, seed=3)
+    torch.save(learned.state_dict(), tmp_path/'one.pth.tar')
+    again = digits_model(weights=str(tmp_path/'one.pth.tar'))
+    assert not again.training
+    for (name, v), (_, w) in zip(learned.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(v, w), name
+    kept = digits_model(weights=str(ROOT/'nbs/digits.pth.tar'))
+    assert kept.backbone.bn1.num_batches_tracked == 16*(len(digits())//128)
+    for file, said in (('none.pth.tar', 'There is no file'), ('other.pth.tar', 'conv1')):
+        if said == 'conv1': torch.save(ContrastiveModel(small_resnet(1, (8, 8))).state_dict(), tmp_path/file)
+        with pytest.raises(UserError, match=said): digits_model(weights=str(tmp_path/file))
