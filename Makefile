@@ -21,7 +21,7 @@ lab: .venv/.dev
 
 test: .venv/.dev
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest tests -n auto --no-loadscope-reorder --durations=10 \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --no-loadscope-reorder --durations=10 \
 	  -o tmp_path_retention_policy=failed
 
 notebooks: .venv/.dev

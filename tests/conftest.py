@@ -11,11 +11,11 @@ sys.modules.setdefault('rfc3987_syntax', None)   # a grammar of addresses; jsons
 LONG = ('test_pipeline', 'test_stages', 'test_cli', 'test_distributed', 'test_faults', 'test_matrix',
         'test_benchmarks', 'test_site', 'test_views', 'test_report', 'test_frozen', 'test_sort')
 
-def pytest_configure():
-    "Temporary files lie in memory where there is plenty of it: no test is about a disk."
-    memory = '/dev/shm'
-    if 'TMPDIR' not in os.environ and os.path.isdir(memory) and shutil.disk_usage(memory).free > 4e9:
-        os.environ['TMPDIR'] = memory
+def pytest_configure(config):
+    "Temporary files that go with their test lie in memory where there is plenty: no test is about a disk."
+    memory, brief = '/dev/shm', config.getini('tmp_path_retention_policy') == 'failed'
+    if brief and os.path.isdir(memory) and shutil.disk_usage(memory).free > 4e9:
+        os.environ.setdefault('TMPDIR', memory)
     gc.disable()   # until all is imported, which is no garbage
 
 def pytest_collection_finish():
