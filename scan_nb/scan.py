@@ -18,7 +18,7 @@ from .models import ClusteringModel, ClusterHeads
 from .training import CosineSchedule, make_generator, seeded, steps_per_epoch
 from .distributed import gather, train
 from .neighbors import run_over
-from .pairs import sum_pairs
+from .pairs import heads_loss, sum_pairs
 from .class_sizes import find_prior
 
 # %% ../nbs/09_scan.ipynb #98f4fb6c
@@ -181,10 +181,11 @@ def _heads_step(heads, pick, neighbors, entropy_weight, prior, generator, object
     teachers = _teachers(heads, prior) if objective == 'temi' else None
     def step(indices):
         z = pick(torch.cat([indices, random_partners(neighbors, indices, generator)]))
-        pairs = [gather(x, 1) for x in heads(z).chunk(2, 1)]
-        loss = scan_loss(*pairs, entropy_weight, prior)
-        total = temi_loss(*pairs, *teachers(z)) if teachers else loss.total
-        return dict(loss=total.sum(), consistency=loss.consistency.mean(), entropy=loss.entropy.mean())
+        if teachers:
+            pairs = [gather(x, 1) for x in heads(z).chunk(2, 1)]
+            (_, consistency, entropy), total = scan_loss(*pairs), temi_loss(*pairs, *teachers(z))
+        else: total, consistency, entropy = heads_loss(heads.weight, heads.bias, z, entropy_weight, prior)
+        return dict(loss=total.sum(), consistency=consistency.mean(), entropy=entropy.mean())
     return step
 
 # %% ../nbs/09_scan.ipynb #b90c0001

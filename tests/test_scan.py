@@ -9,6 +9,7 @@ from scan_nb.data import UserError, digits
 from scan_nb.evaluate import cluster_metrics, label_free_metrics
 from scan_nb.models import ClusterHeads, ClusteringModel, small_resnet
 from scan_nb.neighbors_fast import mine_neighbors
+from scan_nb.pairs import heads_loss
 from scan_nb.scan import (
     choose_head,
     clustering_health,
@@ -62,6 +63,57 @@ def test_loss_equals_brute_force_and_keeps_its_bounds(seed, b, c, weight, scale)
         assert ours.item() == pytest.approx(exact, rel=1e-3, abs=1e-3)
     assert loss.consistency >= -1e-5 and -1e-5 <= loss.entropy <= math.log(c) + 1e-5
     assert loss.total >= -weight * math.log(c) - 1e-3
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    heads=st.integers(1, 4),
+    b=st.integers(1, 20),
+    c=st.integers(2, 8),
+    weight=st.floats(0, 20),
+    scale=st.floats(0.01, 20),
+    sizes=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_closed_form_is_what_a_graph_finds(seed, heads, b, c, weight, scale, sizes):
+    "Loss, terms and gradients of several heads, from logits of a hundredth to hundreds."
+    w, bias = draw(seed, heads, 5, c, scale=scale), draw(seed + 1, heads, 1, c)
+    z = draw(seed + 2, 2 * b, 5, scale=1.0)
+    prior = torch.rand(c, generator=make_generator(seed)) + 0.01 if sizes else None
+    grads = []
+    for loss in (heads_loss, lambda w, bias, z, *rest: scan_loss(*(z @ w + bias).chunk(2, 1), *rest)):
+        given = [x.clone().requires_grad_() for x in (w, bias)]
+        found = loss(*given, z, weight, prior)
+        grads.append([*found, *torch.autograd.grad(found[0] @ torch.arange(1.0, heads + 1), given)])
+    size = max(x.abs().max() for x in grads[1])
+    for ours, theirs in zip(*grads):
+        assert ours.shape == theirs.shape and torch.isfinite(ours).all()
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-3, atol=1e-4 * max(1.0, size.item()))
+
+
+@pytest.mark.parametrize('prior', [None, torch.tensor([5.0, 1.0, 3.0, 2.0])])
+def test_the_closed_form_in_float64(prior):
+    "By finite differences; each head has its own, and of the terms nothing has one."
+    w, bias, z = (draw(i, *shape).double() for i, shape in enumerate([(3, 5, 4), (3, 1, 4), (14, 5)]))
+    given = w.requires_grad_(), bias.requires_grad_()
+    assert torch.autograd.gradcheck(lambda w, bias: heads_loss(w, bias, z, 2.0, prior)[0], given)
+    total, consistency, entropy = heads_loss(*given, z, 2.0, prior)
+    assert total.requires_grad and not consistency.requires_grad and not entropy.requires_grad
+    first = torch.autograd.grad(total[0], w)[0]
+    assert first[0].abs().sum() > 0 and not first[1:].any()
+
+
+def test_the_closed_form_where_nothing_is_undecided():
+    "Certain heads: in one cluster, evenly in all, and each pair apart; finite, and never below the bound."
+    z = torch.eye(4).repeat(2, 1)
+    one, even, bound = 1e4 * torch.eye(4)[[0] * 4], 1e4 * torch.eye(4), -5 * math.log(4)
+    apart = torch.cat([z[:4], z[:4].roll(1, 0)])   # two clusters, either of which would be as likely
+    cases = (one, z, 0.0), (even, z, bound), (even, apart, 1e4 - math.log(2) + bound)
+    for weight, batch, expected in cases:
+        w, bias = weight[None].clone().requires_grad_(), torch.zeros(1, 1, 4)
+        total, *_ = heads_loss(w, bias, batch, 5.0)
+        assert total.item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+        assert torch.autograd.grad(total.sum(), w)[0].isfinite().all()
 
 
 def temi_reference(logits, beta):
