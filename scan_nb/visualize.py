@@ -242,7 +242,8 @@ def _tsne(
     "t-SNE of scikit-learn on one thread: its threads wait on each other and would make results differ."
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
-    tsne = TSNE(perplexity=min(30, (len(x) - 1) / 3), init=start.numpy(), random_state=seed, max_iter=500)
+    tsne = TSNE(perplexity=min(30, (len(x) - 1) / 3), init=start.numpy(), random_state=seed, max_iter=400,
+                learning_rate=200)
     with threadpool_limits(1): return torch.from_numpy(tsne.fit_transform(x.numpy()))
 
 # %% ../nbs/05_visualize.ipynb #db98d7dd
