@@ -567,7 +567,7 @@ LARGE = {'RGBA': lambda x, a: np.dstack([x, a]), 'LA': lambda x, a: np.dstack([x
 def test_a_large_picture_is_reduced_in_strips(folder, monkeypatch, kind, shape):
     x = np.asarray(Image.fromarray(load_sample_image('china.jpg')).resize(shape[::-1]))
     a = np.asarray(Image.fromarray(noise(20, 20)).resize(shape[::-1]))
-    path = save(folder/'x.png', LARGE[kind](x, a))
+    path = save(folder/'x.png', LARGE[kind](x, a), compress_level=1)
     image, turned = Image.open(path), Image.Exif()
     image.load()
     turned[274] = 6

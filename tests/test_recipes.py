@@ -125,12 +125,11 @@ OWN = {   # preset: where it differs from the defaults
     'digits': OURS | everywhere(data='digits', backbone_options=dict(widths=(32, 64, 128)),
                                 kind='handwriting', views='simclr', views_options=DIGITS, epochs=5) | {
         'pretext.epochs': 60, 'pretext.n_neighbors': 5},
-    'fashion-mnist best': FASHION | everywhere(n_networks=4,
+    'fashion-mnist best': FASHION | everywhere(n_networks=2,
                                                backbone_options=dict(widths=(16, 32, 64, 128))) | {
-        'pretext.views_options': PARTLY,
-        'pretext.more_views': (PARTLY | dict(strip_p=.75), PARTLY, PARTLY | dict(strip_p=.75)),
+        'pretext.views_options': PARTLY, 'pretext.more_views': (PARTLY | dict(strip_p=.75),),
         'pretext.epochs': 8, 'pretext.n_neighbors': 50, 'pretext.whiten': .5, 'scan.head_choice': 'both',
-        'scan.tried_heads': 192, 'scan.epochs': 0},
+        'scan.epochs': 0},
     'aurora': OURS | everywhere(data='aurora', test_data='aurora', n_clusters=4, channels=1, size=96,
                                 kind='photographs', backbone='resnet18', views='simclr',
                                 views_options=SKY, epochs=20) | {
