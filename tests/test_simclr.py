@@ -389,7 +389,7 @@ def test_digits_from_a_file(tmp_path):
     for (name, v), (_, w) in zip(learned.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(v, w), name
     kept = digits_model(weights=str(ROOT/'nbs/digits.pth.tar'))
-    assert kept.backbone.bn1.num_batches_tracked == 16*(len(digits())//128)
+    assert kept.backbone.bn1.num_batches_tracked == 32*(len(digits())//128)
     torch.save(ContrastiveModel(small_resnet(1, (8, 8))).state_dict(), tmp_path/'other.pth.tar')
     for file, said in (('none', 'There is no file'), ('other', 'conv1')):
         with pytest.raises(UserError, match=said): digits_model(weights=str(tmp_path/f'{file}.pth.tar'))
