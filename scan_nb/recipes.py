@@ -103,7 +103,7 @@ LIMITS = {name: (low, high) for low, high, names in (   # what is not here may b
     (2, INF, 'n_clusters pretext.batch_size'),
     (1, 4096, 'size'), (1, MAX_CHANNELS, 'channels'), (1, 8192, 'widths'), (1, 64, 'stem_stride'),
     (1, 65536, 'features_dim'), (1, 10**8, 'queue_size'),
-    (0, 1000, 'n_views'), (1, 8, 'n_networks'), (1, 10_000, 'n_heads tried_heads'),
+    (0, 1000, 'n_views voters'), (1, 8, 'n_networks'), (1, 10_000, 'n_heads tried_heads'),
     (0, 10**6, 'weight_decay heads_decay entropy_weight'), (1e-6, 10**6, 'std temperature prior white'),
     (0, 2**32 - 1, 'seed'),
 ) for name in names.split()}
@@ -294,6 +294,7 @@ class ScanRecipe(StageRecipe):
     heads_epochs: int = 0         # a start by heads on fixed features, of so many epochs; 0: none
     tried_heads: int = 64         # so many heads are tried there, side by side; the best starts the network
     head_choice: Literal['loss', 'agreement', 'both', 'consensus'] = 'loss'  # notebooks 09 and 09b
+    voters: int = 0               # the chosen head learns what so many neighbors vote; 0: it stays
     heads_decay: float = 0.       # weight decay of these heads; above 0 on features of a large network
     objective: Literal['scan', 'temi'] = 'scan'  # of these heads, see `train_heads`
     prior: tuple[float, ...]|Literal['estimate']|None = None  # shares of the clusters; None: all equal

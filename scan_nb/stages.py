@@ -18,7 +18,7 @@ from torch import Tensor, nn
 # %% ../nbs/12_stages.ipynb #12000014
 from .checkpoints import load_weights
 from .class_sizes import find_prior
-from .consensus import train_consensus
+from .consensus import ask_neighbors, train_consensus
 from .data import ImageSet, UserError
 from .datasets import cache_dir, fingerprint_images
 from .distributed import check_shares, from_first, place
@@ -334,11 +334,12 @@ def _start_model(stage): # a ClusteringModel on the device; neighbors N×K
     check_neighbors(stage.data.images, near, r.n_clusters)
     return model, near
 
-# %% ../nbs/12_stages.ipynb #1200003d
+# %% ../nbs/12_stages.ipynb #c41200fd
 def _fit_heads(recipe, *data, **options): # for `train_heads`
     if recipe.head_choice == 'consensus': return train_consensus(*data, **options)
     return train_heads(*data, choose=recipe.head_choice, **options)
 
+# %% ../nbs/12_stages.ipynb #1200003d
 def _try_heads(stage, model, neighbors): # the model gets the best head
     "Many heads on fixed features; the best one starts the network. In a folder the result is kept."
     r, z = stage.recipe, stage.start.embeddings
@@ -347,17 +348,20 @@ def _try_heads(stage, model, neighbors): # the model gets the best head
     if found is None:
         if z is None or len(z) != len(neighbors): z = stage.embed(model)
         z, near, size = z.to(stage.device), neighbors.to(stage.device), 512 - 512 % place()[1]
-        heads = _fit_heads(r, z, near, r.n_clusters, n_heads=r.tried_heads, epochs=r.heads_epochs,
-                           seed=r.seed, batch_size=size, entropy_weight=r.entropy_weight, prior=r.prior,
-                           objective=r.objective, weight_decay=r.heads_decay, progress=stage.bar('heads'))
-        with seeded(r.seed): head = select_head(heads.heads, heads.best).state_dict()
-        found = dict(head=head, best=heads.best, history=heads.history, seconds=time.monotonic() - begun)
+        fit = dict(epochs=r.heads_epochs, batch_size=size, weight_decay=r.heads_decay, seed=r.seed)
+        heads = _fit_heads(r, z, near, r.n_clusters, n_heads=r.tried_heads, entropy_weight=r.entropy_weight,
+                           prior=r.prior, objective=r.objective, progress=stage.bar('heads'), **fit)
+        with seeded(r.seed): head = select_head(heads.heads, heads.best)
+        if r.voters: head = ask_neighbors(head, z, near[:, :r.voters], **fit)
+        found = dict(head=head.state_dict(), best=heads.best, history=heads.history,
+                     seconds=time.monotonic() - begun)
         if saved and not place()[0]: saved.save(**found)
     elif {'head', 'best', 'history', 'seconds'} - found.keys(): raise saved.unusable('is of another kind')
     with seeded(r.seed): model.cluster_head = select_head(model.cluster_head, 0)
     model.cluster_head.load_state_dict(found['head'])
     reason = f"head {found['best']} of {r.tried_heads}, chosen without labels"
     if r.head_choice == 'consensus': reason = f'what {r.tried_heads} heads agree on'
+    if r.voters: reason += f'; then the votes of {r.voters} neighbors'
     stage.say(f'{stage.name} starts with {reason}')
     stage.note_clusters('heads', model, found['history'], True, reason, found['seconds'])
 

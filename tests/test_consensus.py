@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import normalized_mutual_info_score
 
-from scan_nb.consensus import assignments, imitate, join_votes, train_consensus
+from scan_nb.consensus import (ask_neighbors, assignments, imitate, join_votes, neighbor_vote,
+                               train_consensus)
 from scan_nb.data import UserError, digits
 from scan_nb.evaluate import cluster_metrics
 from scan_nb.models import ClusterHeads
@@ -74,6 +75,35 @@ def test_imitate_a_cluster_without_images():
     z, _, labels = blobs()
     found = imitate(z, labels, 5, epochs=60, batch_size=64)(z)[0].argmax(1)
     assert torch.equal(found, labels)
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 30), st.integers(0, 6), st.integers(1, 5), st.integers(0, 999))
+def test_neighbor_vote_counts(n, k, c, seed):
+    rng = np.random.default_rng(seed)
+    clusters, near = rng.integers(0, c, n), rng.integers(0, n, (n, k))
+    found = neighbor_vote(torch.tensor(clusters), torch.tensor(near), c)
+    for i in range(n):
+        votes = [clusters[i], *clusters[near[i]]]
+        assert found[i] == min(range(c), key=lambda name: (-votes.count(name), name))
+
+def test_neighbors_mend_what_a_head_cuts():
+    "A head whose border runs through a blob: the votes of neighbors give the smaller part back."
+    z, near, labels = blobs((80, 80), dim=2, seed=3)
+    across = z[labels == 1].mean(0) - z[labels == 0].mean(0)
+    across = across/across.norm()
+    head = ClusterHeads(2, 2)
+    border = (z[labels == 0] @ across).quantile(.9)   # a tenth of one blob lies on the other side
+    head.weight.data = torch.stack([-across, across], 1)[None]
+    head.bias.data = torch.stack([border, -border])[None, None]
+    wrong = head(z)[0].argmax(1) != labels
+    mended = ask_neighbors(head, z, near)(z)[0].argmax(1) != labels
+    assert wrong.sum() >= 8 and mended.sum() < wrong.sum()/2
+
+def test_neighbors_leave_what_they_agree_on():
+    z, near, labels = blobs()
+    head = imitate(z, labels, 3)
+    assert torch.equal(neighbor_vote(head(z)[0].argmax(1), near, 3), labels)
+    assert torch.equal(ask_neighbors(head, z, near)(z)[0].argmax(1), labels)
 
 def test_finds_what_is_far_apart():
     z, near, labels = blobs()
