@@ -100,7 +100,7 @@ def find_kind(
 LIMITS = {name: (low, high) for low, high, names in (   # what is not here may be any number from 0 up
     (0, 1, 'mean momentum lr_decay_rate warmup key_momentum whiten'), (0, 1 - 1e-6, 'threshold ema_decay'),
     (1, INF, 'pretext.epochs batch_size n_neighbors n_neighbors_val'),
-    (2, INF, 'n_clusters pretext.batch_size'),
+    (2, INF, 'n_clusters pretext.batch_size selflabel.batch_size'),   # one image cannot be normalized
     (1, 4096, 'size'), (1, MAX_CHANNELS, 'channels'), (1, 8192, 'widths'), (1, 64, 'stem_stride'),
     (1, 65536, 'features_dim'), (1, 10**8, 'queue_size'),
     (0, 1000, 'n_views voters'), (1, 8, 'n_networks'), (1, 10_000, 'n_heads tried_heads'),

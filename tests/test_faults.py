@@ -69,7 +69,7 @@ def drawn(rng):
         'selflabel.entropy_weight': [0., 1e6]}
     for stage in ('pretext', 'scan', 'selflabel'):
         few |= {f'{stage}.{name}': values for name, values in {
-            'epochs': [1, 2], 'lr': [0., 1e-3, 1.], 'batch_size': [1, 2, n, 100][stage == 'pretext':],
+            'epochs': [1, 2], 'lr': [0., 1e-3, 1.], 'batch_size': [1, 2, n, 100][stage != 'scan':],
             'weight_decay': [0., 1.], 'momentum': [0., 1.], 'optimizer': ['sgd', 'adam'],
             'scheduler': ['constant', 'cosine'], 'lr_decay_rate': [0., 1.],
             'views': ['standard', 'simclr', 'ours']}.items()}

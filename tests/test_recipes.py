@@ -318,6 +318,7 @@ SENTENCES = [   # setting, value, sentence; a setting with a stage belongs to th
     ('selflabel.epochs', True, 'selflabel.epochs is True: give a whole number of at least 0 or null.'),
     ('pretext.epochs', 0, 'pretext.epochs is 0: give a whole number of at least 1 or null.'),
     ('pretext.batch_size', 1, 'pretext.batch_size is 1: give a whole number of at least 2.'),
+    ('selflabel.batch_size', 1, 'selflabel.batch_size is 1: give a whole number of at least 2.'),
     ('scan.batch_size', 0, 'scan.batch_size is 0: give a whole number of at least 1.'),
     ('n_clusters', 1, 'n_clusters is 1: give a whole number of at least 2.'),
     ('n_clusters', None, 'n_clusters is None: give a whole number of at least 2.'),
