@@ -103,7 +103,7 @@ LIMITS = {name: (low, high) for low, high, names in (   # what is not here may b
     (2, INF, 'n_clusters pretext.batch_size selflabel.batch_size'),   # one image cannot be normalized
     (1, 4096, 'size'), (1, MAX_CHANNELS, 'channels'), (1, 8192, 'widths'), (1, 64, 'stem_stride'),
     (1, 65536, 'features_dim'), (1, 10**8, 'queue_size'),
-    (0, 1000, 'n_views voters'), (1, 8, 'n_networks'), (1, 10_000, 'n_heads tried_heads'),
+    (0, 1000, 'n_views voters exchanges'), (1, 8, 'n_networks'), (1, 10_000, 'n_heads tried_heads'),
     (0, 10**6, 'weight_decay heads_decay entropy_weight'), (1e-6, 10**6, 'std temperature prior white'),
     (0, 2**32 - 1, 'seed'),
 ) for name in names.split()}
@@ -225,6 +225,19 @@ def _check_backbone(options): # as in a recipe
         check_value(name, tuple[int, ...] if name == 'widths' else int, value)
     if options.get('widths') == (): raise UserError('widths is empty: give numbers of channels.')
 
+# %% ../nbs/11_recipes.ipynb #5c0ead02
+def _check_heads(r): # of SCAN
+    "Raises UserError when what is said of heads contradicts itself."
+    if r.prior and r.objective == 'temi':
+        raise UserError("scan.objective is 'temi', which has no prior: leave one of them out.")
+    if r.heads_epochs and r.n_heads > 1:
+        raise UserError('scan.n_heads is above 1, but scan.heads_epochs ends with one head: set that to 0.')
+    if r.exchanges and r.head_choice == 'consensus':
+        raise UserError('scan.exchanges goes with a head that is chosen, and scan.head_choice is consensus: '
+                        'change one of them.')
+    if r.epochs == r.heads_epochs == 0:
+        raise UserError('scan.epochs and scan.heads_epochs are 0: clusters need one of them.')
+
 # %% ../nbs/11_recipes.ipynb #fd7b146e
 def _check_together(recipe): # of a stage, each setting checked
     "Raises UserError when two settings contradict each other."
@@ -245,12 +258,7 @@ def _check_together(recipe): # of a stage, each setting checked
     prior = getattr(r, 'prior', None)
     if isinstance(prior, tuple) and len(prior) != r.n_clusters:
         raise UserError(f'prior is {prior}: give one share for each of {r.n_clusters} clusters.')
-    if prior and getattr(r, 'objective', None) == 'temi':
-        raise UserError("scan.objective is 'temi', which has no prior: leave one of them out.")
-    if getattr(r, 'heads_epochs', 0) and r.n_heads > 1:
-        raise UserError('scan.n_heads is above 1, but scan.heads_epochs ends with one head: set that to 0.')
-    if r.epochs == getattr(r, 'heads_epochs', None) == 0:
-        raise UserError('scan.epochs and scan.heads_epochs are 0: clusters need one of them.')
+    if hasattr(r, 'heads_epochs'): _check_heads(r)
 
 # %% ../nbs/11_recipes.ipynb #7805fa8e
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +302,7 @@ class ScanRecipe(StageRecipe):
     heads_epochs: int = 0         # a start by heads on fixed features, of so many epochs; 0: none
     tried_heads: int = 64         # so many heads are tried there, side by side; the best starts the network
     head_choice: Literal['loss', 'agreement', 'both', 'consensus'] = 'loss'  # notebooks 09 and 09b
+    exchanges: int = 0            # rounds in which the better ones exchange parts, notebook 09b; 0: none
     voters: int = 0               # the chosen head learns what so many neighbors vote; 0: it stays
     heads_decay: float = 0.       # weight decay of these heads; above 0 on features of a large network
     objective: Literal['scan', 'temi'] = 'scan'  # of these heads, see `train_heads`

@@ -215,6 +215,15 @@ def _fit_heads(heads, step, n, lr, weight_decay, generator, epochs, batch_size, 
     return train(step, n, optimizer, epochs=epochs, batch_size=batch_size, generator=generator,
                  schedule=schedule, modules=[heads], progress=progress)
 
+@torch.no_grad()
+def _look(heads, z, neighbors, entropy_weight, prior):
+    "Losses over all pairs (H), and clusters (H×N)."
+    def some(weight, bias):   # a few heads at a time, to hold few logits
+        logits = (torch.einsum('nd,hdc->hnc', z, weight) + bias).contiguous()
+        return validate_scan(logits, neighbors, entropy_weight, prior=prior).total, logits.argmax(-1)
+    few = max(1, 2**23//(len(z)*heads.weight.shape[-1]))
+    return map(torch.cat, zip(*map(some, heads.weight.split(few), heads.bias.split(few))))
+
 # %% ../nbs/09_scan.ipynb #4325dc7a
 class TrainedHeads(NamedTuple):
     "What `train_heads` gives."
@@ -228,11 +237,7 @@ class TrainedHeads(NamedTuple):
     @torch.no_grad()
     def _judged(cls, heads, z, neighbors, entropy_weight, prior, choose, mean, std, history):
         "Loss and agreement of trained heads, and the chosen one; the heads then take raw embeddings."
-        def look(weight, bias):   # a few heads at a time, to hold few logits
-            logits = (torch.einsum('nd,hdc->hnc', z, weight) + bias).contiguous()
-            return validate_scan(logits, neighbors, entropy_weight, prior=prior).total, logits.argmax(-1)
-        few = max(1, 2**23//(len(z)*heads.weight.shape[-1]))
-        losses, clusters = map(torch.cat, zip(*map(look, heads.weight.split(few), heads.bias.split(few))))
+        losses, clusters = _look(heads, z, neighbors, entropy_weight, prior)
         agreement = head_agreement(clusters, heads.weight.shape[-1])
         best = choose_head(losses, clusters, heads.weight.shape[-1], choose)
         return cls(unstandardize(heads, mean, std), losses, agreement, best, history, prior)

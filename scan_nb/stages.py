@@ -18,7 +18,7 @@ from torch import Tensor, nn
 # %% ../nbs/12_stages.ipynb #12000014
 from .checkpoints import load_weights
 from .class_sizes import find_prior
-from .consensus import ask_neighbors, train_consensus
+from .consensus import ask_neighbors, exchange_parts, _round_of, train_consensus
 from .data import ImageSet, UserError
 from .datasets import cache_dir, fingerprint_images
 from .distributed import check_shares, from_first, place
@@ -335,9 +335,15 @@ def _start_model(stage): # a ClusteringModel on the device; neighbors N×K
     return model, near
 
 # %% ../nbs/12_stages.ipynb #c41200fd
-def _fit_heads(recipe, *data, **options): # for `train_heads`
-    if recipe.head_choice == 'consensus': return train_consensus(*data, **options)
-    return train_heads(*data, choose=recipe.head_choice, **options)
+def _fit_heads(r, z, near, epochs, **more): # of the recipe of SCAN; more: seed, progress
+    "Many heads on features, and one chosen."
+    options = dict(entropy_weight=r.entropy_weight, objective=r.objective, weight_decay=r.heads_decay) | more
+    first = dict(n_heads=r.tried_heads, epochs=epochs, batch_size=512 - 512 % place()[1], prior=r.prior)
+    if r.head_choice == 'consensus': return train_consensus(z, near, r.n_clusters, **first, **options)
+    options['choose'] = r.head_choice
+    heads = train_heads(z, near, r.n_clusters, **first, **options)
+    if not r.exchanges: return heads
+    return exchange_parts(heads, z, near, rounds=r.exchanges, **options)
 
 # %% ../nbs/12_stages.ipynb #1200003d
 def _try_heads(stage, model, neighbors): # the model gets the best head
@@ -347,12 +353,11 @@ def _try_heads(stage, model, neighbors): # the model gets the best head
     found, begun = from_first(saved.load() if saved and not place()[0] else None), time.monotonic()
     if found is None:
         if z is None or len(z) != len(neighbors): z = stage.embed(model)
-        z, near, size = z.to(stage.device), neighbors.to(stage.device), 512 - 512 % place()[1]
-        fit = dict(epochs=r.heads_epochs, batch_size=size, weight_decay=r.heads_decay, seed=r.seed)
-        heads = _fit_heads(r, z, near, r.n_clusters, n_heads=r.tried_heads, entropy_weight=r.entropy_weight,
-                           prior=r.prior, objective=r.objective, progress=stage.bar('heads'), **fit)
+        z, near = z.to(stage.device), neighbors.to(stage.device)
+        heads = _fit_heads(r, z, near, r.heads_epochs, seed=r.seed, progress=stage.bar('heads'))
         with seeded(r.seed): head = select_head(heads.heads, heads.best)
-        if r.voters: head = ask_neighbors(head, z, near[:, :r.voters], **fit)
+        if r.voters: head = ask_neighbors(head, z, near[:, :r.voters], epochs=r.heads_epochs, seed=r.seed,
+                                          batch_size=512 - 512 % place()[1], weight_decay=r.heads_decay)
         found = dict(head=head.state_dict(), best=heads.best, history=heads.history,
                      seconds=time.monotonic() - begun)
         if saved and not place()[0]: saved.save(**found)
@@ -360,6 +365,7 @@ def _try_heads(stage, model, neighbors): # the model gets the best head
     with seeded(r.seed): model.cluster_head = select_head(model.cluster_head, 0)
     model.cluster_head.load_state_dict(found['head'])
     reason = f"head {found['best']} of {r.tried_heads}, chosen without labels"
+    if r.exchanges: reason = f'the best of {r.tried_heads} heads, which exchanged parts {r.exchanges} times'
     if r.head_choice == 'consensus': reason = f'what {r.tried_heads} heads agree on'
     if r.voters: reason += f'; then the votes of {r.voters} neighbors'
     stage.say(f'{stage.name} starts with {reason}')
@@ -470,7 +476,8 @@ def estimate_seconds(
     k, power = min(r.n_neighbors, few - 1), 2 if r.index == 'exact' else 1
     near = torch.randint(few, (few, k), generator=g).to(stage.device)
     mining = _seconds_of(lambda: mine_neighbors(z, k, r.index).cpu())*(n/few)**power
-    heads = _seconds_of(lambda: _fit_heads(s, z, near, s.n_clusters, n_heads=s.tried_heads, epochs=1))*n/few
+    one, epochs = replace(s, exchanges=0, prior=None), s.heads_epochs + s.exchanges*_round_of(n)[0]
+    heads = _seconds_of(lambda: _fit_heads(one, z, near, 1))*n/few
     ready = r.pretrained and not frozen
-    return dict(pretext=epoch*r.epochs*(not ready), neighbors=mining, heads=heads*s.heads_epochs) | {
+    return dict(pretext=epoch*r.epochs*(not ready), neighbors=mining, heads=heads*epochs) | {
         name: epoch*q.epochs for name, q in recipe.stages.items() if name != 'pretext'}

@@ -81,7 +81,7 @@ def expected_fields(name):
                      n_neighbors=50 if large else 20, n_neighbors_val=5, index='exact', time_window=0,
                      mutual=False, whiten=0, n_views=0),
         scan=dict(entropy_weight=5, n_neighbors=50 if large else 20, n_heads=10 if large else 1,
-                  head_only=large, heads_epochs=0, tried_heads=64, head_choice='loss', voters=0,
+                  head_only=large, heads_epochs=0, tried_heads=64, head_choice='loss', exchanges=0, voters=0,
                   heads_decay=0,
                   objective='scan', prior=None, remine_every=0),
         selflabel=dict(threshold=.99, balance=not large, ema_decay=.999 if large else None, entropy_weight=0,
@@ -212,7 +212,8 @@ own = {
         entropy_weight=positive, n_neighbors=st.none() | st.integers(1, 99), n_heads=st.integers(1, 99),
         head_only=st.booleans(), heads_epochs=st.integers(1, 99), tried_heads=st.integers(1, 99),
         head_choice=st.sampled_from(['loss', 'agreement', 'both', 'consensus']),
-        objective=st.sampled_from(['scan', 'temi']), voters=st.integers(0, 99), heads_decay=positive,
+        objective=st.sampled_from(['scan', 'temi']), voters=st.integers(0, 99), exchanges=st.integers(0, 99),
+        heads_decay=positive,
         remine_every=st.integers(0, 9)),
     'selflabel': dict(
         threshold=st.floats(0, .999), balance=st.booleans(), ema_decay=st.none() | st.floats(0, .999),
@@ -244,6 +245,7 @@ def recipes(draw):
         given = draw(st.fixed_dictionaries(learning | own[stage])) | dict(
             views=views, views_options=draw(st.fixed_dictionaries({}, optional=options[views])))
         if given.get('n_heads', 1) > 1: given['heads_epochs'] = 0   # a start by heads ends with one
+        if given.get('head_choice') == 'consensus': given['exchanges'] = 0   # of what is chosen
         if prior: given.pop('objective', None)   # TEMI has none
         stages[stage] = kind(**common, **given, **({} if stage == 'pretext' else dict(prior=prior)))
     cpu = draw(st.fixed_dictionaries({}, optional={
@@ -446,6 +448,7 @@ def test_recipes_cannot_be_changed_in_place():
     (dict(prior=[0]*10), 'prior is'), (dict(epochs=0), 'scan.epochs and scan.heads_epochs are 0'),
     (dict(prior='estimate', objective='temi'), "scan.objective is 'temi', which has no prior"),
     (dict(n_heads=2, heads_epochs=1), 'scan.n_heads is above 1, but scan.heads_epochs ends with one head'),
+    (dict(exchanges=1, head_choice='consensus'), 'scan.exchanges goes with a head that is chosen'),
     (dict(backbone_options=dict(stride=2)), "no backbone option 'stride': give widths or stem_stride"),
     (dict(views_options=dict(rotation=5)), "views 'ours' have no setting 'rotation'"),
     (dict(views='simclr', views_options=dict(flip=0)), "no setting 'flip': did you mean 'flip_p'"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest, torch
 from torch.nn import functional as F
 from scan_nb import files as files_room, stages, training
-from scan_nb.consensus import ask_neighbors, train_consensus
+from scan_nb.consensus import ask_neighbors, exchange_parts, train_consensus
 from scan_nb.data import ImageSet, UserError, digits
 from scan_nb.checkpoints import read_weights
 from scan_nb.models import select_head
@@ -560,7 +560,7 @@ SWITCHES = {   # of a stage -> settings, each with what it needs to matter
         dict(entropy_weight=2.), dict(n_neighbors=1), dict(head_only=True), dict(heads_epochs=0),
         dict(heads_epochs=0, n_heads=2), dict(tried_heads=9), dict(prior='estimate'),
         dict(objective='temi'), dict(heads_decay=.5), dict(prior=(.5, .3, .2)), dict(remine_every=1),
-        dict(views='standard', views_options={}), dict(voters=2),
+        dict(views='standard', views_options={}), dict(voters=2), dict(exchanges=2),
         dict(optimizer='sgd'), dict(lr=1e-4), dict(epochs=1), dict(epochs=0), dict(batch_size=45),
         dict(seed=4), dict(scheduler='constant')],
     'selflabel': [
@@ -620,6 +620,17 @@ def test_neighbors_vote_on_the_chosen_head(data, recipe, whole, choice, reason):
     assert found.steps['heads']['reason'] == told
     asked = ask_neighbors(select_head(trained.heads, trained.best), z, near[:, :2], **fit)
     assert torch.equal(found.model.cluster_head(z), asked(z))
+
+def test_heads_exchange_parts(data, recipe, whole):
+    z, near = whole[0][0].embeddings, whole[0][0].neighbors
+    scan = replace(recipe.scan, tried_heads=6, heads_epochs=6, epochs=0, exchanges=3, head_choice='both',
+                   seed=1)
+    fit = dict(entropy_weight=5., choose='both', seed=1)
+    first = train_heads(z, near, 3, n_heads=6, epochs=6, **fit)
+    best = exchange_parts(first, z, near, rounds=3, **fit)
+    found = run_scan(scan, {'all': data}, whole[0][0])
+    assert found.steps['heads']['reason'] == 'the best of 6 heads, which exchanged parts 3 times'
+    assert torch.equal(found.model.cluster_head(z)[0], best.heads(z)[best.best])
 
 def test_the_index_reaches_the_mining(data, recipe, whole, monkeypatch):
     used = []
