@@ -136,7 +136,7 @@ def exchange_parts(
     seed: int = 0,           # of batches, partners and parts
     progress: str|None = None,   # label of a progress bar
 ) -> TrainedHeads:           # as many heads, or fewer when they agree; the history is that of `found`
-    "Heads of which the better ones exchange parts and learn on, round by round."
+    "In rounds, the better half exchanges parts, and all learn on. Raises UserError as `train_heads` does."
     z, weight = torch.as_tensor(embeddings).float(), 1. if objective == 'temi' else entropy_weight
     _, z, mean, std, pick, generator = _new_heads(z, None, found.heads.weight.shape[-1], 1, seed)
     heads, draws = unstandardize(copy.deepcopy(found.heads), -mean/std, 1/std), make_generator(seed)
