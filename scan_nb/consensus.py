@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from .distributed import from_first, place
-from .evaluate import kmeans_baseline
+from .evaluate import contingency, kmeans_baseline
 from .models import ClusterHeads
 from .scan import (TrainedHeads, _fit_heads, _heads_step, _look, _new_heads, train_heads,
                           unstandardize, validate_scan)
@@ -90,8 +90,8 @@ def shared_parts(
     other: Tensor,     # N int64, clusters of another
     n_clusters: int,   # C
 ) -> list:             # pairs of lists: clusters of the one, and of the other
-    "Groups of several clusters, but not all, that hold the same images in both, but for a tenth of each."
-    counts = torch.bincount(one*n_clusters + other, minlength=n_clusters**2).view(n_clusters, -1).cpu()
+    "Groups of several clusters, not all, linked where two share more than a tenth of the smaller."
+    counts = contingency(one, other, n_clusters, n_clusters)
     linked = torch.zeros(2*n_clusters, 2*n_clusters)
     linked[:n_clusters, n_clusters:] = counts > .1*torch.minimum(counts.sum(1, keepdim=True), counts.sum(0))
     n, group = connected_components(linked.numpy(), directed=False)
@@ -108,7 +108,7 @@ def _round_of(n): # images
 def _children(heads, losses, clusters, generator):
     "The better half, and copies of it with a part of another; fewer heads, when they all cut alike."
     whole, (n, c) = torch.cat([heads.weight, heads.bias], 1).detach(), (len(losses), heads.weight.shape[-1])
-    better = losses.argsort(stable=True)[:math.ceil(n/2)].tolist()
+    better, clusters = losses.argsort(stable=True)[:math.ceil(n/2)].tolist(), clusters.cpu()
     made = [whole[i] for i in better]
     for _ in range(20*n*(len(better) > 1)):
         if len(made) == n: break
