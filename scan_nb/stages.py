@@ -18,11 +18,11 @@ from torch import Tensor, nn
 # %% ../nbs/12_stages.ipynb #12000014
 from .checkpoints import load_weights
 from .class_sizes import find_prior
-from .consensus import ask_neighbors, exchange_parts, _round_of, train_consensus
 from .data import ImageSet, UserError
 from .datasets import cache_dir, fingerprint_images
 from .distributed import check_shares, from_first, place
 from .evaluate import cluster_metrics, grade
+from .exchange import ask_neighbors, exchange_parts, _round_of
 from .files import alone_in, digest
 from .frozen import embed_blocks, load_frozen
 from .models import ContrastiveModel, SideBySide, select_head
@@ -335,15 +335,15 @@ def _start_model(stage): # a ClusteringModel on the device; neighbors N×K
     return model, near
 
 # %% ../nbs/12_stages.ipynb #c41200fd
+def _batch(): return 512 - 512 % place()[1]   # images that all processes share
+
 def _fit_heads(r, z, near, epochs, **more): # of the recipe of SCAN; more: seed, progress
     "Many heads on features, and one chosen."
-    options = dict(entropy_weight=r.entropy_weight, objective=r.objective, weight_decay=r.heads_decay) | more
-    first = dict(n_heads=r.tried_heads, epochs=epochs, batch_size=512 - 512 % place()[1], prior=r.prior)
-    if r.head_choice == 'consensus': return train_consensus(z, near, r.n_clusters, **first, **options)
-    options['choose'] = r.head_choice
-    heads = train_heads(z, near, r.n_clusters, **first, **options)
-    if not r.exchanges: return heads
-    return exchange_parts(heads, z, near, rounds=r.exchanges, **options)
+    more |= dict(entropy_weight=r.entropy_weight, objective=r.objective, weight_decay=r.heads_decay,
+                 choose=r.head_choice)
+    heads = train_heads(z, near, r.n_clusters, n_heads=r.tried_heads, epochs=epochs, batch_size=_batch(),
+                        prior=r.prior, **more)
+    return exchange_parts(heads, z, near, rounds=r.exchanges, **more) if r.exchanges else heads
 
 # %% ../nbs/12_stages.ipynb #1200003d
 def _try_heads(stage, model, neighbors): # the model gets the best head
@@ -357,7 +357,7 @@ def _try_heads(stage, model, neighbors): # the model gets the best head
         heads = _fit_heads(r, z, near, r.heads_epochs, seed=r.seed, progress=stage.bar('heads'))
         with seeded(r.seed): head = select_head(heads.heads, heads.best)
         if r.voters: head = ask_neighbors(head, z, near[:, :r.voters], epochs=r.heads_epochs, seed=r.seed,
-                                          batch_size=512 - 512 % place()[1], weight_decay=r.heads_decay)
+                                          batch_size=_batch(), weight_decay=r.heads_decay)
         found = dict(head=head.state_dict(), best=heads.best, history=heads.history,
                      seconds=time.monotonic() - begun)
         if saved and not place()[0]: saved.save(**found)
@@ -366,7 +366,6 @@ def _try_heads(stage, model, neighbors): # the model gets the best head
     model.cluster_head.load_state_dict(found['head'])
     reason = f"head {found['best']} of {r.tried_heads}, chosen without labels"
     if r.exchanges: reason = f'the best of {r.tried_heads} heads, which exchanged parts {r.exchanges} times'
-    if r.head_choice == 'consensus': reason = f'what {r.tried_heads} heads agree on'
     if r.voters: reason += f'; then the votes of {r.voters} neighbors'
     stage.say(f'{stage.name} starts with {reason}')
     stage.note_clusters('heads', model, found['history'], True, reason, found['seconds'])

@@ -61,7 +61,7 @@ def drawn(rng):
         'pretext.warmup': [0., 1.], 'pretext.queue_size': [1, 7], 'pretext.key_momentum': [0., 1.],
         'pretext.n_neighbors': [1, n - 1], 'pretext.mutual': [True], 'pretext.n_views': [0, 3],
         'scan.n_neighbors': [None, 1], 'scan.n_heads': [1, 3], 'scan.head_only': [True],
-        'scan.tried_heads': [1, 3], 'scan.head_choice': ['loss', 'agreement', 'both', 'consensus'],
+        'scan.tried_heads': [1, 3], 'scan.head_choice': ['loss', 'agreement', 'both'],
         'scan.voters': [1, 1000], 'scan.exchanges': [1, 2], 'scan.remine_every': [1, 5],
         'scan.entropy_weight': [*LIMITS['entropy_weight']],
         'prior': ['estimate', (1e-6, *[1e6]*(k - 1))], 'selflabel.threshold': [0., .5, 1 - 1e-6],
@@ -74,7 +74,6 @@ def drawn(rng):
             'scheduler': ['constant', 'cosine'], 'lr_decay_rate': [0., 1.],
             'views': ['standard', 'simclr', 'ours']}.items()}
     settings = {name: pick(few[name]) for name in rng.sample(sorted(few), 12)}
-    if settings.get('scan.head_choice') == 'consensus': settings.pop('scan.exchanges', None)
     x = np.random.default_rng(rng.randint(0, 99)).integers(0, 256, (n, c, *sides), dtype=np.uint8)
     return dict(n_clusters=k, seed=pick([*LIMITS['seed']])) | settings, ImageSet(torch.from_numpy(x))
 

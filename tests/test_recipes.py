@@ -126,11 +126,12 @@ OWN = {   # preset: where it differs from the defaults
     'digits': OURS | everywhere(data='digits', backbone_options=dict(widths=(32, 64, 128)),
                                 kind='handwriting', views='simclr', views_options=DIGITS, epochs=5) | {
         'pretext.epochs': 60, 'pretext.n_neighbors': 5},
-    'fashion-mnist best': FASHION | everywhere(n_networks=2,
+    'fashion-mnist best': FASHION | everywhere(n_networks=4,
                                                backbone_options=dict(widths=(16, 32, 64, 128))) | {
-        'pretext.views_options': PARTLY, 'pretext.more_views': (PARTLY | dict(strip_p=.75),),
-        'pretext.epochs': 8, 'pretext.n_neighbors': 50, 'pretext.whiten': .5, 'scan.head_choice': 'both',
-        'scan.epochs': 0},
+        'pretext.views_options': PARTLY, 'pretext.epochs': 8, 'pretext.n_neighbors': 50,
+        'pretext.more_views': (PARTLY | dict(strip_p=.75), PARTLY, PARTLY | dict(strip_p=.75)),
+        'scan.entropy_weight': 10, 'scan.tried_heads': 128, 'scan.exchanges': 8, 'scan.head_choice': 'both',
+        'scan.voters': 10, 'scan.epochs': 0},
     'aurora': OURS | everywhere(data='aurora', test_data='aurora', n_clusters=4, channels=1, size=96,
                                 kind='photographs', backbone='resnet18', views='simclr',
                                 views_options=SKY, epochs=20) | {
@@ -211,7 +212,7 @@ own = {
     'scan': dict(
         entropy_weight=positive, n_neighbors=st.none() | st.integers(1, 99), n_heads=st.integers(1, 99),
         head_only=st.booleans(), heads_epochs=st.integers(1, 99), tried_heads=st.integers(1, 99),
-        head_choice=st.sampled_from(['loss', 'agreement', 'both', 'consensus']),
+        head_choice=st.sampled_from(['loss', 'agreement', 'both']),
         objective=st.sampled_from(['scan', 'temi']), voters=st.integers(0, 99), exchanges=st.integers(0, 99),
         heads_decay=positive,
         remine_every=st.integers(0, 9)),
@@ -245,7 +246,6 @@ def recipes(draw):
         given = draw(st.fixed_dictionaries(learning | own[stage])) | dict(
             views=views, views_options=draw(st.fixed_dictionaries({}, optional=options[views])))
         if given.get('n_heads', 1) > 1: given['heads_epochs'] = 0   # a start by heads ends with one
-        if given.get('head_choice') == 'consensus': given['exchanges'] = 0   # of what is chosen
         if prior: given.pop('objective', None)   # TEMI has none
         stages[stage] = kind(**common, **given, **({} if stage == 'pretext' else dict(prior=prior)))
     cpu = draw(st.fixed_dictionaries({}, optional={
@@ -345,7 +345,7 @@ SENTENCES = [   # setting, value, sentence; a setting with a stage belongs to th
     ('pretext.time_window', -1., 'pretext.time_window is -1.0: give a number of at least 0.'),
     ('pretext.pretrained', 3, 'pretext.pretrained is 3: give a text or null.'),
     ('pretext.more_views', 3, 'pretext.more_views is 3: give a list of mappings.'),
-    ('scan.head_choice', 'luck', "scan.head_choice is 'luck': give loss or agreement or both or consensus."),
+    ('scan.head_choice', 'luck', "scan.head_choice is 'luck': give loss or agreement or both."),
     ('scan.objective', 'dino', "scan.objective is 'dino': give scan or temi."),
     ('scan.head_only', 1, 'scan.head_only is 1: give true or false.'),
     ('scan.views', 'theirs', "scan.views is 'theirs': give standard or simclr or ours."),
@@ -448,7 +448,6 @@ def test_recipes_cannot_be_changed_in_place():
     (dict(prior=[0]*10), 'prior is'), (dict(epochs=0), 'scan.epochs and scan.heads_epochs are 0'),
     (dict(prior='estimate', objective='temi'), "scan.objective is 'temi', which has no prior"),
     (dict(n_heads=2, heads_epochs=1), 'scan.n_heads is above 1, but scan.heads_epochs ends with one head'),
-    (dict(exchanges=1, head_choice='consensus'), 'scan.exchanges goes with a head that is chosen'),
     (dict(backbone_options=dict(stride=2)), "no backbone option 'stride': give widths or stem_stride"),
     (dict(views_options=dict(rotation=5)), "views 'ours' have no setting 'rotation'"),
     (dict(views='simclr', views_options=dict(flip=0)), "no setting 'flip': did you mean 'flip_p'"),

@@ -8,9 +8,9 @@ import numpy as np
 import pytest, torch
 from torch.nn import functional as F
 from scan_nb import files as files_room, stages, training
-from scan_nb.consensus import ask_neighbors, exchange_parts, train_consensus
 from scan_nb.data import ImageSet, UserError, digits
 from scan_nb.checkpoints import read_weights
+from scan_nb.exchange import ask_neighbors, exchange_parts
 from scan_nb.models import select_head
 from scan_nb.neighbors import center_crop, embed
 from scan_nb.neighbors_fast import mine_neighbors
@@ -599,22 +599,15 @@ def test_the_choice_of_heads_decides(data, recipe, whole):
         reason = run_scan(scan, {'all': data}, whole[0][0]).steps['heads']['reason']
         assert reason == f'head {head} of 6, chosen without labels'
 
-def test_the_consensus_of_heads_starts_the_network(data, recipe, whole):
+@pytest.mark.parametrize('rounds, reason', [
+    (0, 'head {best} of 6, chosen without labels'),
+    (2, 'the best of 6 heads, which exchanged parts 2 times')])
+def test_neighbors_vote_on_the_chosen_head(data, recipe, whole, rounds, reason):
     z, near = whole[0][0].embeddings, whole[0][0].neighbors
-    scan = replace(recipe.scan, tried_heads=6, heads_epochs=3, epochs=0, head_choice='consensus')
-    found = run_scan(scan, {'all': data}, whole[0][0])
-    assert found.steps['heads']['reason'] == 'what 6 heads agree on'
-    joined = train_consensus(z, near, 3, n_heads=6, epochs=3, seed=scan.seed, entropy_weight=5.)
-    assert torch.equal(found.model.cluster_head(z), joined.heads(z))
-
-@pytest.mark.parametrize('choice, reason', [('loss', 'head {best} of 6, chosen without labels'),
-                                            ('consensus', 'what 6 heads agree on')])
-def test_neighbors_vote_on_the_chosen_head(data, recipe, whole, choice, reason):
-    z, near = whole[0][0].embeddings, whole[0][0].neighbors
-    scan = replace(recipe.scan, tried_heads=6, heads_epochs=3, epochs=0, head_choice=choice, voters=2, seed=1)
+    scan = replace(recipe.scan, tried_heads=6, heads_epochs=3, epochs=0, exchanges=rounds, voters=2, seed=1)
     fit = dict(epochs=3, seed=1)
-    trained = (train_heads if choice == 'loss' else train_consensus)(
-        z, near, 3, n_heads=6, entropy_weight=5., **fit)
+    trained = train_heads(z, near, 3, n_heads=6, **fit)
+    if rounds: trained = exchange_parts(trained, z, near, rounds=rounds, seed=1)
     found = run_scan(scan, {'all': data}, whole[0][0])
     told = f'{reason.format(best=trained.best)}; then the votes of 2 neighbors'
     assert found.steps['heads']['reason'] == told

@@ -1,4 +1,4 @@
-"A second round of heads, what they agree on, and the linear head that learns it."
+"Heads that exchange parts, the votes of neighbors, and the linear head that learns them."
 import numpy as np
 import pytest
 import torch
@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import normalized_mutual_info_score
 
-from scan_nb import consensus
-from scan_nb.consensus import (ask_neighbors, assignments, exchange_parts, imitate, join_votes, neighbor_vote,
-                               shared_parts, train_consensus)
+from scan_nb import exchange
 from scan_nb.data import UserError, digits
 from scan_nb.evaluate import cluster_metrics
+from scan_nb.exchange import ask_neighbors, exchange_parts, imitate, neighbor_vote, shared_parts
 from scan_nb.models import ClusterHeads
 from scan_nb.neighbors_fast import mine_neighbors
 from scan_nb.scan import train_heads
@@ -29,36 +28,6 @@ def blobs(sizes=(60, 60, 60), dim=6, seed=0):
     return z, mine_neighbors(z, 5), torch.tensor(labels)
 
 def accuracy(found, z, labels): return cluster_metrics(found.heads(z)[found.best].argmax(1), labels)['acc']
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 6), st.integers(2, 4), st.integers(1, 40), st.integers(0, 99))
-def test_assignments(h, d, c, n, seed):
-    torch.manual_seed(seed)
-    heads, z = ClusterHeads(d, c, h), torch.randn(n, d)
-    found = assignments(heads, z)
-    assert found.shape == (n, h*c) and not found.requires_grad
-    for k in range(h):
-        logits = z.double() @ heads.weight[k].double() + heads.bias[k].double()
-        e = (logits - logits.max(1, keepdim=True).values).exp()
-        own = (e/e.sum(1, keepdim=True)).float()
-        torch.testing.assert_close(found[:, k*c:(k + 1)*c], own, atol=1e-6, rtol=1e-5)
-
-def test_assignments_of_many_images_are_those_of_each():
-    heads, z = ClusterHeads(3, 2, 2), torch.randn(2**14 + 5, 3)
-    torch.testing.assert_close(assignments(heads, z)[-9:], assignments(heads, z[-9:]))
-
-def test_join_votes_outvotes_and_knows_no_names():
-    "Heads that call the clusters otherwise, each wrong somewhere; those with a high loss have no vote."
-    rng = np.random.default_rng(0)
-    labels, wrong = torch.arange(60) % 3, rng.permutation(60)[:15].reshape(5, 3)
-    said = [torch.tensor(rng.permutation(3))[labels] for _ in range(5)]
-    for one, places in zip(said, wrong): one[places] = (one[places] + 1) % 3
-    said += [torch.tensor(rng.integers(0, 3, 60)) for _ in range(15)]
-    order = torch.tensor(rng.permutation(20))
-    losses = torch.tensor([-9.]*5 + [-8.]*15)[order]
-    rows = F.one_hot(torch.stack(said)[order].T, 3).float().flatten(1)
-    assert normalized_mutual_info_score(join_votes(rows, losses, 3), labels) == 1
-    assert normalized_mutual_info_score(join_votes(rows, -losses, 3), labels) < .9
 
 def test_imitate_is_logistic_regression():
     "On labels with some noise, where no line is right for all, both make much the same mistakes."
@@ -106,79 +75,6 @@ def test_neighbors_leave_what_they_agree_on():
     assert torch.equal(neighbor_vote(head(z)[0].argmax(1), near, 3), labels)
     assert torch.equal(ask_neighbors(head, z, near)(z)[0].argmax(1), labels)
 
-def test_finds_what_is_far_apart():
-    z, near, labels = blobs()
-    found = train_consensus(z, near, 3, **QUICK)
-    assert accuracy(found, z, labels) > .99
-    assert found.best == 0 and found.heads.weight.shape == (1, 6, 3) and len(found.losses) == 1
-    assert found.prior is None and len(found.history) == QUICK['epochs']
-
-def test_same_seed_same_head():
-    z, near, _ = blobs()
-    a, b, other = (train_consensus(z, near, 3, seed=s, **QUICK) for s in (4, 4, 5))
-    assert torch.equal(a.heads.weight, b.heads.weight) and torch.equal(a.heads.bias, b.heads.bias)
-    assert not torch.equal(a.heads.weight, other.heads.weight)
-
-def test_does_not_touch_other_random_numbers():
-    z, near, _ = blobs()
-    torch.manual_seed(1)
-    train_consensus(z, near, 3, **QUICK)
-    after = torch.rand(3)
-    torch.manual_seed(1)
-    assert torch.equal(after, torch.rand(3))
-
-@pytest.mark.parametrize('n_heads', [1, 2, 3, 5])
-def test_few_heads(n_heads):
-    z, near, labels = blobs()
-    found = train_consensus(z, near, 3, **QUICK | dict(n_heads=n_heads))
-    assert found.heads.weight.isfinite().all() and accuracy(found, z, labels) > .6
-
-def test_seeds_agree_on_pixels():
-    "Seeds of the heads agree more on the consensus than on the head with the lowest loss."
-    data = digits()
-    z = data.images.flatten(1).float()
-    near = mine_neighbors(z, 5)
-    def agree(fit):
-        found = [fit(z, near, 10, n_heads=16, epochs=30, seed=seed) for seed in range(3)]
-        clusters = [f.heads(z)[f.best].argmax(1) for f in found]
-        pairs = [(a, b) for i, a in enumerate(clusters) for b in clusters[:i]]
-        return (np.mean([normalized_mutual_info_score(a, b) for a, b in pairs]),
-                np.mean([cluster_metrics(c, data.labels)['acc'] for c in clusters]))
-    (steady, good), (drawn, fair) = agree(train_consensus), agree(train_heads)
-    assert steady > drawn + .1 and good > fair + .02
-
-def test_sizes_differ():
-    z, near, labels = blobs((120, 40, 20))
-    prior = torch.tensor([120., 40., 20.])
-    for known in (prior, None):
-        one, joined = (fit(z, near, 3, prior=known, **QUICK) for fit in (train_heads, train_consensus))
-        assert accuracy(joined, z, labels) > accuracy(one, z, labels) + .02
-        if known is not None: torch.testing.assert_close(joined.prior, one.prior)
-
-def test_other_objective_and_views():
-    z, near, labels = blobs()
-    assert accuracy(train_consensus(z, near, 3, objective='temi', **QUICK), z, labels) > .95
-    views = torch.stack([z, z + .1*torch.randn(z.shape, generator=torch.Generator().manual_seed(0))])
-    assert accuracy(train_consensus(z, near, 3, views=views, **QUICK), z, labels) > .95
-
-def test_array_in():
-    z, near, labels = blobs()
-    a, b = (train_consensus(x, near, 3, **QUICK) for x in (z, z.double().numpy()))
-    assert torch.equal(a.heads.weight, b.heads.weight)
-
-@pytest.mark.filterwarnings('ignore:Number of distinct clusters')
-def test_images_that_are_all_the_same():
-    found = train_consensus(torch.ones(40, 4), torch.arange(40).roll(1)[:, None], 3, **QUICK)
-    assert found.heads.weight.isfinite().all() and found.losses.isfinite().all()
-
-@pytest.mark.parametrize('k, rows, change, words', [
-    (1, 180, {}, 'n_clusters is 1'), (3, 170, {}, 'do not belong'),
-    (3, 180, dict(objective='luck'), "give 'scan' or 'temi'"), (3, 180, dict(prior=[1, 2]), 'prior must be'),
-    (3, 180, dict(entropy_weight=-1.), 'entropy weight')])
-def test_refuses(k, rows, change, words):
-    z, near, _ = blobs()
-    with pytest.raises(UserError, match=words): train_consensus(z, near[:rows], k, **QUICK | change)
-
 # ---- heads that exchange parts
 
 @settings(max_examples=60, deadline=None)
@@ -217,7 +113,7 @@ def test_a_child_is_one_parent_but_for_a_part_of_another():
     z, near, _ = pixels()
     first = train_heads(z, near, 10, n_heads=16, epochs=5)
     with torch.no_grad(): clusters = first.heads(z).argmax(-1)
-    found = consensus._children(first.heads, first.losses, clusters, torch.Generator().manual_seed(0))
+    found = exchange._children(first.heads, first.losses, clusters, torch.Generator().manual_seed(0))
     whole = torch.cat([found.weight, found.bias], 1).detach()
     given = torch.cat([first.heads.weight, first.heads.bias], 1).detach()[first.losses.argsort()[:8]]
     assert torch.equal(whole[:8], given) and len(whole) == 16
@@ -256,6 +152,33 @@ def test_exchange_with_other_objective_prior_and_choice():
     first = train_heads(z, near, 3, objective='temi', **QUICK)
     found = exchange_parts(first, z, near, rounds=2, objective='temi')
     assert accuracy(found, z, labels) > .95
+
+def test_seeds_agree_on_pixels():
+    "Seeds of the heads agree more after the exchange."
+    z, near, labels = pixels()
+    drawn = [train_heads(z, near, 10, n_heads=16, epochs=30, seed=seed) for seed in range(3)]
+    better = [exchange_parts(first, z, near, rounds=4, seed=seed) for seed, first in enumerate(drawn)]
+    def agree(found):
+        clusters = [f.heads(z)[f.best].argmax(1) for f in found]
+        pairs = [(a, b) for i, a in enumerate(clusters) for b in clusters[:i]]
+        return (np.mean([normalized_mutual_info_score(a, b) for a, b in pairs]),
+                np.mean([cluster_metrics(c, labels)['acc'] for c in clusters]))
+    (steady, good), (varied, fair) = agree(better), agree(drawn)
+    assert steady > varied + .02 and good > fair + .02
+
+def test_does_not_touch_other_random_numbers():
+    z, near, _ = blobs()
+    first = train_heads(z, near, 3, **QUICK)
+    torch.manual_seed(1)
+    exchange_parts(first, z, near, rounds=2)
+    after = torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(3))
+
+def test_images_that_are_all_the_same():
+    z, near = torch.ones(40, 4), torch.arange(40).roll(1)[:, None]
+    found = exchange_parts(train_heads(z, near, 3, **QUICK), z, near, rounds=2)
+    assert found.heads.weight.isfinite().all() and found.losses.isfinite().all()
 
 @pytest.mark.parametrize('change, words', [
     (dict(objective='luck'), "give 'scan' or 'temi'"), (dict(entropy_weight=-1.), 'entropy weight'),
