@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SILHOUETTES', 'KINDS', 'VIEWS', 'LIMITS', 'BACKBONE_OPTIONS', 'NOT_TRAINED', 'SHARED', 'STAGES', 'PARTS', 'FOLDER',
-           'CLOTHES', 'OURS', 'HIDDEN', 'FROZEN', 'UPDATES', 'EPOCHS', 'make_views', 'view_distance', 'find_kind',
-           'check_value', 'StageRecipe', 'PretextRecipe', 'ScanRecipe', 'SelfLabelRecipe', 'change', 'Recipe',
-           'list_differences', 'frozen_recipe', 'matrix_recipe', 'auto_epochs', 'choices', 'complete']
+           'CLOTHES', 'OURS', 'FROZEN', 'UPDATES', 'EPOCHS', 'make_views', 'view_distance', 'find_kind', 'check_value',
+           'StageRecipe', 'PretextRecipe', 'ScanRecipe', 'SelfLabelRecipe', 'change', 'Recipe', 'list_differences',
+           'frozen_recipe', 'matrix_recipe', 'auto_epochs', 'choices', 'complete']
 
 # %% ../nbs/11_recipes.ipynb #389b037b
 from collections.abc import Callable
@@ -440,9 +440,9 @@ OURS['fashion-mnist'] = FOLDER.change({
     'data': 'fashion-mnist', 'test_data': 'fashion-mnist', 'kind': 'silhouettes',
     'pretext.temperature': .2, 'pretext.batch_size': 512, 'pretext.lr': .2, 'scan.batch_size': 512,
     'scan.heads_epochs': 15})
-HIDDEN = CLOTHES | dict(strip_p=.75)
+_hidden = CLOTHES | dict(strip_p=.75)
 OURS['fashion-mnist best'] = replace(OURS['fashion-mnist'].change({   # four networks; views hide sleeves
-    'pretext.views_options': CLOTHES, 'pretext.more_views': [HIDDEN, CLOTHES, HIDDEN], 'n_networks': 4,
+    'pretext.views_options': CLOTHES, 'pretext.more_views': [_hidden, CLOTHES, _hidden], 'n_networks': 4,
     'backbone_options': dict(widths=(16, 32, 64, 128)), 'pretext.epochs': 8, 'pretext.n_neighbors': 50,
     'scan.entropy_weight': 10., 'scan.tried_heads': 128, 'scan.exchanges': 8, 'scan.head_choice': 'both',
     'scan.voters': 10, 'scan.epochs': 0}), selflabel=None)
