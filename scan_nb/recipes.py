@@ -103,7 +103,7 @@ LIMITS = {name: (low, high) for low, high, names in (   # what is not here may b
     (2, INF, 'n_clusters pretext.batch_size selflabel.batch_size'),   # one image cannot be normalized
     (1, 4096, 'size'), (1, MAX_CHANNELS, 'channels'), (1, 8192, 'widths'), (1, 64, 'stem_stride'),
     (1, 65536, 'features_dim'), (1, 10**8, 'queue_size'),
-    (0, 1000, 'n_views voters exchanges'), (1, 8, 'n_networks'), (1, 10_000, 'n_heads tried_heads'),
+    (0, 1000, 'n_views exchanges'), (1, 8, 'n_networks'), (1, 10_000, 'n_heads tried_heads'),
     (0, 10**6, 'weight_decay heads_decay entropy_weight'), (1e-6, 10**6, 'std temperature prior white'),
     (0, 2**32 - 1, 'seed'),
 ) for name in names.split()}
@@ -300,7 +300,6 @@ class ScanRecipe(StageRecipe):
     tried_heads: int = 64         # so many heads are tried there, side by side; the best starts the network
     head_choice: Literal['loss', 'agreement', 'both'] = 'loss'  # notebook 09
     exchanges: int = 0            # rounds in which the better ones exchange parts, notebook 09b; 0: none
-    voters: int = 0               # the chosen head learns what so many neighbors vote; 0: it stays
     heads_decay: float = 0.       # weight decay of these heads; above 0 on features of a large network
     objective: Literal['scan', 'temi'] = 'scan'  # of these heads, see `train_heads`
     prior: tuple[float, ...]|Literal['estimate']|None = None  # shares of the clusters; None: all equal
@@ -443,9 +442,9 @@ OURS['fashion-mnist'] = FOLDER.change({
 _hidden = CLOTHES | dict(strip_p=.75)
 OURS['fashion-mnist best'] = replace(OURS['fashion-mnist'].change({   # four networks; views hide sleeves
     'pretext.views_options': CLOTHES, 'pretext.more_views': [_hidden, CLOTHES, _hidden], 'n_networks': 4,
-    'backbone_options': dict(widths=(16, 32, 64, 128)), 'pretext.epochs': 8, 'pretext.n_neighbors': 50,
+    'backbone_options': dict(widths=(16, 32, 64, 128)), 'pretext.epochs': 8, 'pretext.n_neighbors': 20,
     'scan.entropy_weight': 10., 'scan.tried_heads': 128, 'scan.exchanges': 8, 'scan.head_choice': 'both',
-    'scan.voters': 10, 'scan.epochs': 0}), selflabel=None)
+    'scan.epochs': 0}), selflabel=None)
 
 # %% ../nbs/11_recipes.ipynb #afbbe43c
 FROZEN = FOLDER.change({   # heads on features of a network that others trained

@@ -22,7 +22,7 @@ from .data import ImageSet, UserError
 from .datasets import cache_dir, fingerprint_images
 from .distributed import check_shares, from_first, place
 from .evaluate import cluster_metrics, grade
-from .exchange import ask_neighbors, exchange_parts, _round_of
+from .exchange import exchange_parts, _round_of
 from .files import alone_in, digest
 from .frozen import embed_blocks, load_frozen
 from .models import ClusterHeads, ContrastiveModel, SideBySide, select_head
@@ -344,15 +344,12 @@ def find_head(
 ) -> tuple[ClusterHeads, TrainedHeads]:  # one head, and all those that it was chosen among
     "Many heads on features, and which one is chosen (notebooks 09, 09b). Raises UserError for bad input."
     r, z, near = recipe, embeddings, neighbors
-    fit = dict(weight_decay=r.heads_decay, seed=r.seed)
-    passes = dict(epochs=r.heads_epochs, batch_size=512 - 512 % place()[1])   # all processes share a batch
-    more = fit | dict(entropy_weight=r.entropy_weight, objective=r.objective, choose=r.head_choice)
-    heads = train_heads(z, near, r.n_clusters, n_heads=r.tried_heads, prior=r.prior, progress=progress,
-                        **passes, **more)
-    if r.exchanges: heads = exchange_parts(heads, z, near, rounds=r.exchanges, progress=progress, **more)
-    with seeded(r.seed): head = select_head(heads.heads, heads.best)
-    if r.voters: head = ask_neighbors(head, z, near[:, :r.voters], **passes, **fit)
-    return head, heads
+    fit = dict(entropy_weight=r.entropy_weight, objective=r.objective, weight_decay=r.heads_decay,
+               choose=r.head_choice, seed=r.seed, progress=progress)
+    heads = train_heads(z, near, r.n_clusters, n_heads=r.tried_heads, epochs=r.heads_epochs, prior=r.prior,
+                        batch_size=512 - 512 % place()[1], **fit)   # all processes share a batch
+    if r.exchanges: heads = exchange_parts(heads, z, near, rounds=r.exchanges, **fit)
+    with seeded(r.seed): return select_head(heads.heads, heads.best), heads
 
 # %% ../nbs/12_stages.ipynb #1200003d
 def _try_heads(stage, model, neighbors): # the model gets the best head
@@ -371,7 +368,6 @@ def _try_heads(stage, model, neighbors): # the model gets the best head
     model.cluster_head.load_state_dict(found['head'])
     reason = f"head {found['best']} of {r.tried_heads}, chosen without labels"
     if r.exchanges: reason = f'the best of {r.tried_heads} heads, which exchanged parts {r.exchanges} times'
-    if r.voters: reason += f'; then the votes of {r.voters} neighbors'
     stage.say(f'{stage.name} starts with {reason}')
     stage.note_clusters('heads', model, found['history'], True, reason, found['seconds'])
 
@@ -480,7 +476,7 @@ def estimate_seconds(
     k, power = min(r.n_neighbors, few - 1), 2 if r.index == 'exact' else 1
     near = torch.randint(few, (few, k), generator=g).to(stage.device)
     mining = _seconds_of(lambda: mine_neighbors(z, k, r.index).cpu())*(n/few)**power
-    one, epochs = replace(s, exchanges=0, voters=0, prior=None, heads_epochs=1), s.heads_epochs
+    one, epochs = replace(s, exchanges=0, prior=None, heads_epochs=1), s.heads_epochs
     heads = _seconds_of(lambda: find_head(one, z, near))*n/few*(epochs + s.exchanges*_round_of(n)[0])
     ready = r.pretrained and not frozen
     return dict(pretext=epoch*r.epochs*(not ready), neighbors=mining, heads=heads) | {

@@ -1,18 +1,15 @@
-"Heads that exchange parts, the votes of neighbors, and the linear head that learns them."
+"Heads that exchange parts."
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import normalized_mutual_info_score
 
 from scan_nb import exchange
 from scan_nb.data import UserError, digits
 from scan_nb.evaluate import cluster_metrics
-from scan_nb.exchange import ask_neighbors, exchange_parts, imitate, neighbor_vote, shared_parts
-from scan_nb.models import ClusterHeads
+from scan_nb.exchange import exchange_parts, shared_parts
 from scan_nb.neighbors_fast import mine_neighbors
 from scan_nb.scan import train_heads
 
@@ -28,54 +25,6 @@ def blobs(sizes=(60, 60, 60), dim=6, seed=0):
     return z, mine_neighbors(z, 5), torch.tensor(labels)
 
 def accuracy(found, z, labels): return cluster_metrics(found.heads(z)[found.best].argmax(1), labels)['acc']
-
-def test_imitate_is_logistic_regression():
-    "On labels with some noise, where no line is right for all, both make much the same mistakes."
-    z, _, labels = blobs(dim=3, seed=2)
-    z = z + 4*torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
-    z = z*torch.tensor([1., 100., .01]) + 50   # scale and place do not matter
-    ours = imitate(z, labels, 3, epochs=300, batch_size=20)(z)[0]
-    x = (z - z.mean(0))/z.std(0)
-    theirs = torch.tensor(LogisticRegression(C=1e4, max_iter=1000).fit(x, labels).predict_log_proba(x))
-    assert (ours.argmax(1) == theirs.argmax(1)).float().mean() > .98
-    best = F.nll_loss(theirs, labels)
-    assert best - 1e-4 < F.cross_entropy(ours.double(), labels) < best + .02
-
-def test_imitate_a_cluster_without_images():
-    z, _, labels = blobs()
-    found = imitate(z, labels, 5, epochs=60, batch_size=64)(z)[0].argmax(1)
-    assert torch.equal(found, labels)
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 30), st.integers(0, 6), st.integers(1, 5), st.integers(0, 999))
-def test_neighbor_vote_counts(n, k, c, seed):
-    rng = np.random.default_rng(seed)
-    clusters, near = rng.integers(0, c, n), rng.integers(0, n, (n, k))
-    found = neighbor_vote(torch.tensor(clusters), torch.tensor(near), c)
-    for i in range(n):
-        votes = [clusters[i], *clusters[near[i]]]
-        assert found[i] == min(range(c), key=lambda name: (-votes.count(name), name))
-
-def test_neighbors_mend_what_a_head_cuts():
-    "A head whose border runs through a blob: the votes of neighbors give the smaller part back."
-    z, near, labels = blobs((80, 80), dim=2, seed=3)
-    across = z[labels == 1].mean(0) - z[labels == 0].mean(0)
-    across = across/across.norm()
-    head = ClusterHeads(2, 2)
-    border = (z[labels == 0] @ across).quantile(.9)   # a tenth of one blob lies on the other side
-    head.weight.data = torch.stack([-across, across], 1)[None]
-    head.bias.data = torch.stack([border, -border])[None, None]
-    wrong = head(z)[0].argmax(1) != labels
-    mended = ask_neighbors(head, z, near)(z)[0].argmax(1) != labels
-    assert wrong.sum() >= 8 and mended.sum() < wrong.sum()/2
-
-def test_neighbors_leave_what_they_agree_on():
-    z, near, labels = blobs()
-    head = imitate(z, labels, 3)
-    assert torch.equal(neighbor_vote(head(z)[0].argmax(1), near, 3), labels)
-    assert torch.equal(ask_neighbors(head, z, near)(z)[0].argmax(1), labels)
-
-# ---- heads that exchange parts
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 6), st.integers(1, 60), st.integers(0, 9), st.integers(0, 999))

@@ -81,7 +81,7 @@ def expected_fields(name):
                      n_neighbors=50 if large else 20, n_neighbors_val=5, index='exact', time_window=0,
                      mutual=False, whiten=0, n_views=0),
         scan=dict(entropy_weight=5, n_neighbors=50 if large else 20, n_heads=10 if large else 1,
-                  head_only=large, heads_epochs=0, tried_heads=64, head_choice='loss', exchanges=0, voters=0,
+                  head_only=large, heads_epochs=0, tried_heads=64, head_choice='loss', exchanges=0,
                   heads_decay=0,
                   objective='scan', prior=None, remine_every=0),
         selflabel=dict(threshold=.99, balance=not large, ema_decay=.999 if large else None, entropy_weight=0,
@@ -128,10 +128,10 @@ OWN = {   # preset: where it differs from the defaults
         'pretext.epochs': 60, 'pretext.n_neighbors': 5},
     'fashion-mnist best': FASHION | everywhere(n_networks=4,
                                                backbone_options=dict(widths=(16, 32, 64, 128))) | {
-        'pretext.views_options': PARTLY, 'pretext.epochs': 8, 'pretext.n_neighbors': 50,
+        'pretext.views_options': PARTLY, 'pretext.epochs': 8, 'pretext.n_neighbors': 20,
         'pretext.more_views': (PARTLY | dict(strip_p=.75), PARTLY, PARTLY | dict(strip_p=.75)),
         'scan.entropy_weight': 10, 'scan.tried_heads': 128, 'scan.exchanges': 8, 'scan.head_choice': 'both',
-        'scan.voters': 10, 'scan.epochs': 0},
+        'scan.epochs': 0},
     'aurora': OURS | everywhere(data='aurora', test_data='aurora', n_clusters=4, channels=1, size=96,
                                 kind='photographs', backbone='resnet18', views='simclr',
                                 views_options=SKY, epochs=20) | {
@@ -213,7 +213,7 @@ own = {
         entropy_weight=positive, n_neighbors=st.none() | st.integers(1, 99), n_heads=st.integers(1, 99),
         head_only=st.booleans(), heads_epochs=st.integers(1, 99), tried_heads=st.integers(1, 99),
         head_choice=st.sampled_from(['loss', 'agreement', 'both']),
-        objective=st.sampled_from(['scan', 'temi']), voters=st.integers(0, 99), exchanges=st.integers(0, 99),
+        objective=st.sampled_from(['scan', 'temi']), exchanges=st.integers(0, 99),
         heads_decay=positive,
         remine_every=st.integers(0, 9)),
     'selflabel': dict(

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 from scan_nb import files as files_room, stages, training
 from scan_nb.data import ImageSet, UserError, digits
 from scan_nb.checkpoints import read_weights
-from scan_nb.exchange import ask_neighbors, exchange_parts
-from scan_nb.models import select_head
+from scan_nb.exchange import exchange_parts
 from scan_nb.neighbors import center_crop, embed
 from scan_nb.neighbors_fast import mine_neighbors
 from scan_nb.recipes import FOLDER, PretextRecipe, Recipe
@@ -560,7 +559,7 @@ SWITCHES = {   # of a stage -> settings, each with what it needs to matter
         dict(entropy_weight=2.), dict(n_neighbors=1), dict(head_only=True), dict(heads_epochs=0),
         dict(heads_epochs=0, n_heads=2), dict(tried_heads=9), dict(prior='estimate'),
         dict(objective='temi'), dict(heads_decay=.5), dict(prior=(.5, .3, .2)), dict(remine_every=1),
-        dict(views='standard', views_options={}), dict(voters=2), dict(exchanges=2),
+        dict(views='standard', views_options={}), dict(exchanges=2),
         dict(optimizer='sgd'), dict(lr=1e-4), dict(epochs=1), dict(epochs=0), dict(batch_size=45),
         dict(seed=4), dict(scheduler='constant')],
     'selflabel': [
@@ -598,21 +597,6 @@ def test_the_choice_of_heads_decides(data, recipe, whole):
         scan = replace(recipe.scan, tried_heads=6, heads_epochs=3, epochs=0, head_choice=choice, seed=seed)
         reason = run_scan(scan, {'all': data}, whole[0][0]).steps['heads']['reason']
         assert reason == f'head {head} of 6, chosen without labels'
-
-@pytest.mark.parametrize('rounds, reason', [
-    (0, 'head {best} of 6, chosen without labels'),
-    (2, 'the best of 6 heads, which exchanged parts 2 times')])
-def test_neighbors_vote_on_the_chosen_head(data, recipe, whole, rounds, reason):
-    z, near = whole[0][0].embeddings, whole[0][0].neighbors
-    scan = replace(recipe.scan, tried_heads=6, heads_epochs=3, epochs=0, exchanges=rounds, voters=2, seed=1)
-    fit = dict(epochs=3, seed=1)
-    trained = train_heads(z, near, 3, n_heads=6, **fit)
-    if rounds: trained = exchange_parts(trained, z, near, rounds=rounds, seed=1)
-    found = run_scan(scan, {'all': data}, whole[0][0])
-    told = f'{reason.format(best=trained.best)}; then the votes of 2 neighbors'
-    assert found.steps['heads']['reason'] == told
-    asked = ask_neighbors(select_head(trained.heads, trained.best), z, near[:, :2], **fit)
-    assert torch.equal(found.model.cluster_head(z), asked(z))
 
 def test_heads_exchange_parts(data, recipe, whole):
     z, near = whole[0][0].embeddings, whole[0][0].neighbors
