@@ -443,8 +443,8 @@ _hidden = CLOTHES | dict(strip_p=.75)
 OURS['fashion-mnist best'] = replace(OURS['fashion-mnist'].change({   # four networks; views hide sleeves
     'pretext.views_options': CLOTHES, 'pretext.more_views': [_hidden, CLOTHES, _hidden], 'n_networks': 4,
     'backbone_options': dict(widths=(16, 32, 64, 128)), 'pretext.epochs': 8, 'pretext.n_neighbors': 20,
-    'scan.entropy_weight': 10., 'scan.tried_heads': 128, 'scan.exchanges': 8, 'scan.head_choice': 'both',
-    'scan.epochs': 0}), selflabel=None)
+    'scan.entropy_weight': 10., 'scan.tried_heads': 128, 'scan.exchanges': 8, 'scan.epochs': 0}),
+    selflabel=None)
 
 # %% ../nbs/11_recipes.ipynb #afbbe43c
 FROZEN = FOLDER.change({   # heads on features of a network that others trained

@@ -130,8 +130,7 @@ OWN = {   # preset: where it differs from the defaults
                                                backbone_options=dict(widths=(16, 32, 64, 128))) | {
         'pretext.views_options': PARTLY, 'pretext.epochs': 8, 'pretext.n_neighbors': 20,
         'pretext.more_views': (PARTLY | dict(strip_p=.75), PARTLY, PARTLY | dict(strip_p=.75)),
-        'scan.entropy_weight': 10, 'scan.tried_heads': 128, 'scan.exchanges': 8, 'scan.head_choice': 'both',
-        'scan.epochs': 0},
+        'scan.entropy_weight': 10, 'scan.tried_heads': 128, 'scan.exchanges': 8, 'scan.epochs': 0},
     'aurora': OURS | everywhere(data='aurora', test_data='aurora', n_clusters=4, channels=1, size=96,
                                 kind='photographs', backbone='resnet18', views='simclr',
                                 views_options=SKY, epochs=20) | {
