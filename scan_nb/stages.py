@@ -158,7 +158,7 @@ class Stage:
         raise UserError(f'There is no result{where} to start {self.name} from: '
                         f'run `scan-nb {command}` first, or name a file by --start.')
 
-    def bar(self, name): return LABELS[name] if self.progress else None
+    def bar(self, name, network=''): return LABELS[name] + network if self.progress else None
     def middle(self, images): return center_crop(images, self.size)
     def look(self, split): return self.features.get(split, self.middle(self.splits[split].images))
     def embed(self, model): # N×D, of the images learned from
@@ -184,17 +184,21 @@ class Stage:
 
     def train(self, step, trainer, model, images, *inputs, learns=None, **options): # what it gives, seconds
         r, cuda, shape = self.recipe, self.device.type == 'cuda', '×'.join(map(str, self.shape))
-        file = self.folder and self.path/f"{'-'.join(['checkpoint', *re.findall('[0-9]+', step)])}.pth.tar"
+        number = re.findall('[0-9]+', step)   # of a network after the first
+        file = self.folder and self.path/f"{'-'.join(['checkpoint', *number])}.pth.tar"
+        several = r.stage == 'pretext' and r.n_networks > 1
+        network = f" (network {''.join(number) or 1} of {r.n_networks})"*several
         saved = _StepCheckpoint(file, self.history, step) if self.folder else None
         done = len((Checkpoint(file).load() or {}).get('history', [])) if saved else 0
         where = f'continues after epoch {done} of' if done else 'begins:'
         how = (r.precision if cuda else 'float32') + ', compiled'*(cuda and r.compile)
-        self.say(f'{self.name} {where} {r.epochs} epochs, {len(images):,} images of {shape}, '
+        self.say(f'{self.name}{network} {where} {r.epochs} epochs, {len(images):,} images of {shape}, '
                  f'on {self.device} in {how}')
         begun, optimizer = time.monotonic(), make_optimizer(r, (learns or model).parameters())
         found = trainer(model, images, *inputs, epochs=r.epochs, batch_size=r.batch_size, optimizer=optimizer,
                         schedule=make_schedule(r, optimizer, len(images)), monitor=self.watch(model),
-                        checkpoint=saved, progress=self.bar(self.name), **dict(seed=r.seed) | options)
+                        checkpoint=saved, progress=self.bar(self.name, network),
+                        **dict(seed=r.seed) | options)
         return found, time.monotonic() - (saved.begun if saved else begun)
 
     def note(self, step, history, kept, reason, seconds):

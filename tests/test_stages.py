@@ -661,7 +661,7 @@ def test_networks_of_the_same_views_differ_by_their_draw(data, recipe, tmp_path)
     torch.testing.assert_close(found.embeddings[:, 32:], F.normalize(again.embeddings), rtol=0, atol=1e-6)
     assert (tmp_path/'pretext/simclr/checkpoint-3.pth.tar').exists() and 'pretext3' in STAGE_NAMES
 
-def test_a_kill_in_the_second_network_spares_the_first(data, recipe, tmp_path, monkeypatch):
+def test_a_kill_in_the_second_network_spares_the_first(data, recipe, tmp_path, monkeypatch, capsys):
     real, count = training.train_epoch, []
     def deadly(*a):
         count.append(1)
@@ -670,8 +670,10 @@ def test_a_kill_in_the_second_network_spares_the_first(data, recipe, tmp_path, m
     monkeypatch.setattr(training, 'train_epoch', deadly)
     both, say = recipe.change(OTHER).pretext, Listener()
     with pytest.raises(Killed): run_pretext(both, {'all': data}, None, tmp_path)
-    run_pretext(both, {'all': data}, None, tmp_path, say=say)
-    assert len(count) == 5 and 'after epoch 2 of 2' in say[0] and 'after epoch 1 of 2' in say[1]
+    run_pretext(both, {'all': data}, None, tmp_path, say=say, progress=True)
+    assert len(count) == 5 and '1/4 SimCLR (network 2 of 2): ' in capsys.readouterr().err
+    for i, line in enumerate(say[:2]):
+        assert line.startswith(f'simclr (network {i + 1} of 2) continues after epoch {2 - i} of 2')
     rows = [json.loads(line) for line in (tmp_path/'pretext/simclr/metrics.jsonl').read_text().splitlines()]
     assert [(r['stage'], r['epoch']) for r in rows] == [
         ('pretext', 1), ('pretext', 2), ('pretext2', 1), ('pretext2', 2)]
