@@ -62,13 +62,14 @@ def exchange_parts(
     weight_decay: float = 0.,    # of Adam
     entropy_weight: float = 5.,  # λ
     objective: str = 'scan',     # as for `train_heads`
+    n_networks: int = 1,         # as for `train_heads`
     choose: str = 'loss',    # how the head is chosen, see `choose_head`
     seed: int = 0,           # of batches, partners and parts
     progress: str|None = None,   # label of a progress bar
 ) -> TrainedHeads:           # as many heads, or fewer when they agree; the history is that of `found`
     "In rounds, the better half exchanges parts, and all learn on. Raises UserError as `train_heads` does."
     z, weight = torch.as_tensor(embeddings).float(), 1. if objective == 'temi' else entropy_weight
-    _, z, mean, std, pick, generator = _new_heads(z, None, found.heads.weight.shape[-1], 1, seed)
+    _, z, mean, std, pick, generator = _new_heads(z, None, found.heads.weight.shape[-1], 1, seed, n_networks)
     heads, draws = unstandardize(copy.deepcopy(found.heads), -mean/std, 1/std), make_generator(seed)
     epochs, size = _round_of(len(z))
     for turn in range(rounds):

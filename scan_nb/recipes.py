@@ -300,6 +300,7 @@ class ScanRecipe(StageRecipe):
     tried_heads: int = 64         # so many heads are tried there, side by side; the best starts the network
     head_choice: Literal['loss', 'agreement', 'both'] = 'loss'  # notebook 09
     exchanges: int = 0            # rounds in which the better ones exchange parts, notebook 09b; 0: none
+    one_network: bool = False     # of several side by side, heads read one at a time, notebook 09b
     heads_decay: float = 0.       # weight decay of these heads; above 0 on features of a large network
     objective: Literal['scan', 'temi'] = 'scan'  # of these heads, see `train_heads`
     prior: tuple[float, ...]|Literal['estimate']|None = None  # shares of the clusters; None: all equal

@@ -189,24 +189,33 @@ def _heads_step(heads, pick, neighbors, entropy_weight, prior, generator, object
     return step
 
 # %% ../nbs/09_scan.ipynb #b90c0001
-def _picker(z, views, mean, std, generator):
-    "Function(indices) -> standardized embeddings: of the images, or of a random view of each. UserError."
-    if views is None: return lambda indices: z[indices]
-    if views.ndim != 3 or views.shape[1:] != z.shape:
+def _picker(z, views, mean, std, generator, n_networks=1):
+    "Function(indices) -> standardized embeddings, of images or random views, each of one network. UserError."
+    if views is not None and (views.ndim != 3 or views.shape[1:] != z.shape):
         raise UserError(f'views of shape {tuple(views.shape)} do not belong to embeddings of shape '
                         f'{tuple(z.shape)}: give V×N×D, as embed_views does')
+    if n_networks < 1 or z.shape[1] % n_networks:
+        raise UserError(f'Embeddings of {z.shape[1]} columns are not those of {n_networks} equal networks: '
+                        'give the number that stand side by side, or 1.')
+    def draw(high, indices):
+        return torch.randint(high, indices.shape, generator=generator, device=indices.device)
     def pick(indices):
-        view = torch.randint(len(views), indices.shape, generator=generator, device=indices.device)
-        return (views[view.to(views.device), indices.to(views.device)].to(z.device) - mean)/std
+        if views is None: found = z[indices]
+        else:
+            view = draw(len(views), indices).to(views.device)
+            found = (views[view, indices.to(views.device)].to(z.device) - mean)/std
+        if n_networks == 1: return found
+        read = draw(n_networks, indices).to(z.device)[:, None] == torch.arange(n_networks, device=z.device)
+        return (found.unflatten(1, (n_networks, -1))*(n_networks*read)[:, :, None]).flatten(1)
     return pick
 
 # %% ../nbs/09_scan.ipynb #444948e1
-def _new_heads(embeddings, views, n_clusters, n_heads, seed):
+def _new_heads(embeddings, views, n_clusters, n_heads, seed, n_networks):
     "Untrained heads, standardized embeddings, their mean and standard deviation, what picks, random numbers."
     mean, std = embeddings.mean(0), embeddings.std(0).clamp_min(1e-6)
     z, generator = (embeddings - mean)/std, make_generator(seed, embeddings.device)
     with seeded(seed): heads = ClusterHeads(z.shape[1], n_clusters, n_heads).to(z.device)
-    return heads, z, mean, std, _picker(z, views, mean, std, generator), generator
+    return heads, z, mean, std, _picker(z, views, mean, std, generator, n_networks), generator
 
 def _fit_heads(heads, step, n, lr, weight_decay, generator, epochs, batch_size, progress):
     "Adam along a cosine; gives the history."
@@ -215,6 +224,7 @@ def _fit_heads(heads, step, n, lr, weight_decay, generator, epochs, batch_size, 
     return train(step, n, optimizer, epochs=epochs, batch_size=batch_size, generator=generator,
                  schedule=schedule, modules=[heads], progress=progress)
 
+# %% ../nbs/09_scan.ipynb #2712c290
 @torch.no_grad()
 def _look(heads, z, neighbors, entropy_weight, prior):
     "Losses over all pairs (H), and clusters (H×N)."
@@ -255,18 +265,18 @@ def train_heads(
     entropy_weight: float = 5.,  # λ
     prior: Tensor|str|None = None,  # C class sizes expected, or 'estimate'; None: all equal
     views: Tensor|None = None,   # V×N×D, from `embed_views`: anchor and neighbor are random views
+    n_networks: int = 1,         # more, side by side in the columns: each image is read by a random one
     choose: str = 'loss',        # how the head is chosen, see `choose_head`
     objective: str = 'scan',     # 'temi': `temi_loss`, which has no λ; these heads are judged with λ = 1
     seed: int = 0,               # of initial weights, batches and partners
     progress: str|None = None,   # label of a progress bar
 ) -> TrainedHeads:  # all heads, and the chosen one
     "Many linear heads on fixed embeddings (SCAN, section 2.2). Raises UserError for foreign neighbors."
-    check_neighbors(embeddings := torch.as_tensor(embeddings).float(), neighbors, n_clusters)
-    prior = find_prior(prior, n_clusters, lambda: embeddings, seed)
-    heads, z, mean, std, pick, generator = _new_heads(embeddings, views, n_clusters, n_heads, seed)
-    weight = 1. if objective == 'temi' else entropy_weight
-    step = _heads_step(heads, pick, neighbors, weight, prior, generator, objective)
-    history = _fit_heads(heads, step, len(z), lr, weight_decay, generator, epochs, batch_size, progress)
+    check_neighbors(z := torch.as_tensor(embeddings).float(), neighbors, n_clusters)
+    weight, prior = (entropy_weight, 1.)[objective == 'temi'], find_prior(prior, n_clusters, lambda: z, seed)
+    heads, z, mean, std, pick, rng = _new_heads(z, views, n_clusters, n_heads, seed, n_networks)
+    step = _heads_step(heads, pick, neighbors, weight, prior, rng, objective)
+    history = _fit_heads(heads, step, len(z), lr, weight_decay, rng, epochs, batch_size, progress)
     return TrainedHeads._judged(heads, z, neighbors, weight, prior, choose, mean, std, history)
 
 # %% ../nbs/09_scan.ipynb #079ae440

@@ -349,7 +349,8 @@ def find_head(
     "Many heads on features, and which one is chosen (notebooks 09, 09b). Raises UserError for bad input."
     r, z, near = recipe, embeddings, neighbors
     fit = dict(entropy_weight=r.entropy_weight, objective=r.objective, weight_decay=r.heads_decay,
-               choose=r.head_choice, seed=r.seed, progress=progress)
+               choose=r.head_choice, n_networks=r.n_networks if r.one_network else 1, seed=r.seed,
+               progress=progress)
     heads = train_heads(z, near, r.n_clusters, n_heads=r.tried_heads, epochs=r.heads_epochs, prior=r.prior,
                         batch_size=512 - 512 % place()[1], **fit)   # all processes share a batch
     if r.exchanges: heads = exchange_parts(heads, z, near, rounds=r.exchanges, **fit)

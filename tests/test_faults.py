@@ -62,7 +62,7 @@ def drawn(rng):
         'pretext.n_neighbors': [1, n - 1], 'pretext.mutual': [True], 'pretext.n_views': [0, 3],
         'scan.n_neighbors': [None, 1], 'scan.n_heads': [1, 3], 'scan.head_only': [True],
         'scan.tried_heads': [1, 3], 'scan.head_choice': ['loss', 'agreement', 'both'],
-        'scan.exchanges': [1, 2], 'scan.remine_every': [1, 5],
+        'scan.exchanges': [1, 2], 'scan.one_network': [True], 'scan.remine_every': [1, 5],
         'scan.entropy_weight': [*LIMITS['entropy_weight']],
         'prior': ['estimate', (1e-6, *[1e6]*(k - 1))], 'selflabel.threshold': [0., .5, 1 - 1e-6],
         'selflabel.ema_decay': [None, 0., 1 - 1e-6], 'selflabel.soft_targets': [True],

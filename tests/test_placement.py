@@ -133,8 +133,9 @@ def test_heads(gpu):
     near = torch.arange(24).view(12, 2) % 12
     heads, g = clustering(4).cluster_head, make_generator(0)
     for views in (None, torch.zeros(3, 12, 16), torch.zeros(3, 12, 16, device='cuda')):
-        pick = _picker(z, views, z.mean(0), z.std(0), g)
-        run(_heads_step(heads, pick, near, 5., None, g, 'scan'))
+        for n in (1, 2):
+            pick = _picker(z, views, z.mean(0), z.std(0), g, n)
+            run(_heads_step(heads, pick, near, 5., None, g, 'scan'))
 
 def test_losses(gpu, monkeypatch):
     logits, near = torch.zeros(3, 40, 5, device='cuda'), torch.zeros(40, 4, dtype=torch.int64, device='cuda')

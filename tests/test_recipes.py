@@ -82,7 +82,7 @@ def expected_fields(name):
                      mutual=False, whiten=0, n_views=0),
         scan=dict(entropy_weight=5, n_neighbors=50 if large else 20, n_heads=10 if large else 1,
                   head_only=large, heads_epochs=0, tried_heads=64, head_choice='loss', exchanges=0,
-                  heads_decay=0,
+                  heads_decay=0, one_network=False,
                   objective='scan', prior=None, remine_every=0),
         selflabel=dict(threshold=.99, balance=not large, ema_decay=.999 if large else None, entropy_weight=0,
                        prior=None, soft_targets=False))
@@ -213,7 +213,7 @@ own = {
         head_only=st.booleans(), heads_epochs=st.integers(1, 99), tried_heads=st.integers(1, 99),
         head_choice=st.sampled_from(['loss', 'agreement', 'both']),
         objective=st.sampled_from(['scan', 'temi']), exchanges=st.integers(0, 99),
-        heads_decay=positive,
+        heads_decay=positive, one_network=st.booleans(),
         remine_every=st.integers(0, 9)),
     'selflabel': dict(
         threshold=st.floats(0, .999), balance=st.booleans(), ema_decay=st.none() | st.floats(0, .999),

@@ -11,6 +11,7 @@ from scan_nb.models import ClusterHeads, ClusteringModel, small_resnet
 from scan_nb.neighbors_fast import mine_neighbors
 from scan_nb.pairs import heads_loss
 from scan_nb.scan import (
+    _picker,
     choose_head,
     clustering_health,
     diagnose,
@@ -532,3 +533,58 @@ def test_all_logits():
     for head in range(3):
         torch.testing.assert_close(logits_of(many, images, head=head), every[head])
     assert torch.equal(logits_of(many, images), logits_of(many, images, head=0))
+# ---- several networks side by side
+
+def two_networks(seed=0):
+    "What both networks know (shared), what only the first one knows (habit), and neighbors alike in both."
+    rng = np.random.default_rng(seed)
+    shared, habit = rng.permutation(np.repeat([0, 1], 60)), rng.permutation(np.repeat([0, 1], 60))
+    z = rng.normal(0, .3, (120, 12))
+    z[:, [0, 6]] += 6*(shared[:, None] - .5)
+    z[:, 1:4] += 6*(habit[:, None] - .5)
+    return torch.tensor(z).float(), torch.tensor(shared), torch.tensor(habit)
+
+@pytest.mark.parametrize('n', [1, 2, 3, 6])
+@pytest.mark.parametrize('cached', [False, True])
+def test_each_image_is_read_by_one_network(n, cached):
+    g = torch.Generator().manual_seed(0)
+    z, mean, std = draw(0, 5, 6), torch.arange(6.), torch.arange(1., 7)
+    views = torch.stack([10 + z, 20 + z]) if cached else None
+    pick, rows = _picker(z, views, mean, std, g, n), torch.arange(5).repeat(400)
+    options = (views - mean)/std if cached else z[None]
+    read, seen = pick(rows), set()
+    for row, found in zip(rows.tolist(), read):
+        kept = found.view(n, -1).ne(0).any(1).nonzero()[:, 0].tolist()
+        assert len(kept) == 1
+        want = n*options[:, row].view(len(options), n, -1)[:, kept[0]]
+        same = (found.view(n, -1)[kept[0]] - want).abs().amax(1) < 1e-5
+        assert same.any()
+        seen.add((row, kept[0], same.int().argmax().item()))
+    assert len(seen) == 5*n*len(options)
+
+def test_one_network_at_a_time_finds_what_both_know():
+    z, shared, habit = two_networks()
+    near = mine_neighbors(z, 5)
+    assert (habit[near] == habit[:, None]).all()
+    def cuts(n_networks, label):
+        hits = []
+        for seed in range(4):
+            found = train_heads(z, near, 2, n_heads=8, batch_size=30, n_networks=n_networks, seed=seed)
+            clusters = found.heads(z).argmax(-1)
+            hits += [max((c == label).float().mean(), (c != label).float().mean()) > .95 for c in clusters]
+        return np.mean(hits)
+    assert cuts(2, shared) > .6 and cuts(1, habit) > .8
+
+def test_one_network_is_the_default_and_seeds_repeat():
+    z, *_ = two_networks()
+    near, options = mine_neighbors(z, 3), dict(n_heads=3, epochs=2, seed=5)
+    a, b, c, d = (train_heads(z, near, 2, **options, **more).losses
+                  for more in ({}, dict(n_networks=1), dict(n_networks=2), dict(n_networks=2)))
+    assert torch.equal(a, b) and torch.equal(c, d) and not torch.equal(a, c)
+
+@pytest.mark.parametrize('n', [0, -1, 5, 24])
+def test_networks_that_the_columns_do_not_fit(n):
+    z, *_ = two_networks()
+    with pytest.raises(UserError, match=f'12 columns are not those of {n} equal networks'):
+        train_heads(z, mine_neighbors(z, 3), 2, n_networks=n)
+

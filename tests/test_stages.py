@@ -609,6 +609,17 @@ def test_heads_exchange_parts(data, recipe, whole):
     assert found.steps['heads']['reason'] == 'the best of 6 heads, which exchanged parts 3 times'
     assert torch.equal(found.model.cluster_head(z)[0], best.heads(z)[best.best])
 
+def test_heads_read_one_network_at_a_time(data, recipe):
+    begun = run_pretext(recipe.change(OTHER).pretext, {'all': data})
+    fit = dict(entropy_weight=5., seed=1)
+    two = dict(n_networks=2, tried_heads=6, heads_epochs=6, epochs=0, exchanges=2, seed=1)
+    for one_network, n in (True, 2), (False, 1):
+        first = train_heads(begun.embeddings, begun.neighbors, 3, n_heads=6, epochs=6, n_networks=n, **fit)
+        best = exchange_parts(first, begun.embeddings, begun.neighbors, rounds=2, n_networks=n, **fit)
+        found = run_scan(replace(recipe.scan, one_network=one_network, **two), {'all': data}, begun)
+        torch.testing.assert_close(found.model.cluster_head(begun.embeddings)[0],
+                                   best.heads(begun.embeddings)[best.best])
+
 def test_the_index_reaches_the_mining(data, recipe, whole, monkeypatch):
     used = []
     def watch(z, k, index, *rest):
