@@ -12,7 +12,8 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from .distributed import place
 from .evaluate import contingency
-from .scan import TrainedHeads, _fit_heads, _heads_step, _look, _new_heads, unstandardize
+from .scan import (TrainedHeads, _fit_heads, _heads_step, _judging_weight, _look, _new_heads,
+                          unstandardize)
 from .training import make_generator, steps_per_epoch
 
 # %% ../nbs/09b_exchange.ipynb #f442d9e8
@@ -68,7 +69,7 @@ def exchange_parts(
     progress: str|None = None,   # label of a progress bar
 ) -> TrainedHeads:           # as many heads, or fewer when they agree; the history is that of `found`
     "In rounds, the better half exchanges parts, and all learn on. Raises UserError as `train_heads` does."
-    z, weight = torch.as_tensor(embeddings).float(), 1. if objective == 'temi' else entropy_weight
+    z, weight = torch.as_tensor(embeddings).float(), _judging_weight(objective, entropy_weight)
     _, z, mean, std, pick, generator = _new_heads(z, None, found.heads.weight.shape[-1], 1, seed, n_networks)
     heads, draws = unstandardize(copy.deepcopy(found.heads), -mean/std, 1/std), make_generator(seed)
     epochs, size = _round_of(len(z))

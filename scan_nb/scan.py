@@ -210,6 +210,8 @@ def _picker(z, views, mean, std, generator, n_networks=1):
     return pick
 
 # %% ../nbs/09_scan.ipynb #444948e1
+def _judging_weight(objective, entropy_weight): return 1. if objective == 'temi' else entropy_weight
+
 def _new_heads(embeddings, views, n_clusters, n_heads, seed, n_networks):
     "Untrained heads, standardized embeddings, their mean and standard deviation, what picks, random numbers."
     mean, std = embeddings.mean(0), embeddings.std(0).clamp_min(1e-6)
@@ -273,10 +275,10 @@ def train_heads(
 ) -> TrainedHeads:  # all heads, and the chosen one
     "Many linear heads on fixed embeddings (SCAN, section 2.2). Raises UserError for foreign neighbors."
     check_neighbors(z := torch.as_tensor(embeddings).float(), neighbors, n_clusters)
-    weight, prior = (entropy_weight, 1.)[objective == 'temi'], find_prior(prior, n_clusters, lambda: z, seed)
-    heads, z, mean, std, pick, rng = _new_heads(z, views, n_clusters, n_heads, seed, n_networks)
-    step = _heads_step(heads, pick, neighbors, weight, prior, rng, objective)
-    history = _fit_heads(heads, step, len(z), lr, weight_decay, rng, epochs, batch_size, progress)
+    weight, prior = _judging_weight(objective, entropy_weight), find_prior(prior, n_clusters, lambda: z, seed)
+    heads, z, mean, std, pick, generator = _new_heads(z, views, n_clusters, n_heads, seed, n_networks)
+    step = _heads_step(heads, pick, neighbors, weight, prior, generator, objective)
+    history = _fit_heads(heads, step, len(z), lr, weight_decay, generator, epochs, batch_size, progress)
     return TrainedHeads._judged(heads, z, neighbors, weight, prior, choose, mean, std, history)
 
 # %% ../nbs/09_scan.ipynb #079ae440

@@ -150,24 +150,25 @@ def steps(kind, held='cuda'):
     if kind == 'scan':
         loss = dict(entropy_weight=5., prior=None)
         return _scan_step(model, x, Pairs(near), strong, loss, False, generator()), rows
-    if kind != 'heads':
+    if not kind.startswith('heads'):
         weak = views.WeakAugment(32) if kind == 'selflabel, weak views' else None
         return _step(model, EMA(model, .9), x, strong, weak, generator(), 5., None, threshold=.9), rows
     z = torch.zeros(12, 16, device='cuda')
-    pick = _picker(z, None, z.mean(0), z.std(0), None)
+    pick = _picker(z, None, z.mean(0), z.std(0), None, 2 if 'two' in kind else 1)
     heads = test_placement.clustering(4).cluster_head
     return _heads_step(heads, pick, near.cuda(), 5., None, None, 'scan'), rows.cuda()
 
 STEPS = ['simclr', 'moco', 'scan', 'selflabel', 'selflabel, weak views']
 
-@pytest.mark.parametrize('kind, held', [*((k, h) for k in STEPS for h in ('cuda', 'cpu')), ('heads', 'cuda')])
+@pytest.mark.parametrize('kind, held', [*((k, h) for k in STEPS for h in ('cuda', 'cpu')), ('heads', 'cuda'),
+                                        ('heads on two networks', 'cuda')])
 def test_a_step_waits_for_nothing(gpu, kind, held):
     "All that it draws, and the images if the CPU holds them, come in one copy."
     views.has_kernels(torch.zeros(1, device='cuda'))
     step, rows = steps(kind, held)
     with Count() as count: losses = step(rows)
     assert losses['loss'].device.type == 'cuda' and losses['loss'].requires_grad
-    assert (len(count.copies), count.waits) == (kind != 'heads', [])
+    assert (len(count.copies), count.waits) == (not kind.startswith('heads'), [])
 
 # ---- several views in one call
 
